@@ -1,0 +1,98 @@
+"""
+The control: before each draw, move the state uphill on V, inside a ball.
+
+    u_t = argmax V(h_t + u)   subject to   ||u / std||_2 <= radius * sqrt(n_embd)        (ascend)
+    y_t ~ softmax(W (h_t + s u_t)),  s <= 1 the largest with KL(p_su || p_0) <= max_kl   (kl_ball)
+
+found by projected gradient ascent from u = 0. Source: "Aligning Large Language Models with
+Representation Editing: A Control Perspective" (arXiv 2406.05954), section 4.3.
+
+    h, x    hidden, and (h - mean) / std: the coordinates of the ascent, those V was trained in
+    u       the control signal, in the coordinates of h, as it is added before the head
+    radius  1 is the typical distance of a state from the mean state
+    beta    1 / step_size: one step is the KL-regularised optimum for Q(h, y) (see value.py)
+
+Deviations from the paper, on purpose:
+    1. The gradient is closed form (V has one hidden layer), without autograd.
+    2. The ascent runs on the pre-activations: u never leaves the span of V's input weights, so a
+       step costs one product of the hidden layer's width.
+    3. A ball around the state; the paper relies on few steps and a small step size.
+    4. A budget in nats a token on the distribution itself, the quantity a text feels.
+    5. Only the state of the next token is controlled, not every position of the prompt.
+
+But: one state at a time; the control does not plan over the draws to come, V has to know them.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+
+from value import ValueNet
+
+
+def ascend(value, hidden, steps, step_size, radius):
+    """
+    hidden (B, n_embd) -> u (B, n_embd), float32: `steps` steps of projected gradient ascent on V.
+
+    Plain gradient steps: where V is flat u stays small and no KL is spent. A negative step_size
+    descends. With z = W1 x + b1 and G = W1 W1^T, u = std * (W1^T A) is held as A (B, width):
+
+        a = w2 * phi'(z + dz)      dV/dx = W1^T a
+        A += step_size * a         dz = G A,   ||u / std||^2 = A . dz
+    """
+    z = value.preactivation(hidden)                            # (B, n_embd) -> (B, width)
+    G = value.w1 @ value.w1.T                                  # (width, width)
+    ball = radius * math.sqrt(hidden.size(-1))
+    A, dz = torch.zeros_like(z), torch.zeros_like(z)
+    for _ in range(steps):
+        a = value.slope(z + dz)
+        A = A + step_size * a
+        dz = dz + step_size * (a @ G)
+        norm = (A * dz).sum(-1, keepdim=True).clamp(min=0).sqrt()
+        shrink = ball / norm.clamp(min=max(ball, 1e-30))       # 1 inside the ball
+        A, dz = A * shrink, dz * shrink
+    return value.std * (A @ value.w1)                          # (B, width) -> (B, n_embd)
+
+
+def kl_divergence(log_p, log_q):
+    """KL(p || q) in nats over the last axis; tokens without probability under p count nothing."""
+    return torch.where(log_p > -torch.inf, log_p.exp() * (log_p - log_q), 0.0).sum(-1)
+
+
+def kl_ball(logits, delta, max_kl, iterations=6):
+    """
+    logits, delta (B, n_vocab) -> scale (B,), the largest s in [0, 1] with
+    KL(softmax(logits + s delta) || softmax(logits)) <= max_kl, to within 1%.
+
+    KL(s) = s E_s[delta] - log E_0[exp(s delta)] grows with slope s Var_s(delta). Its root is close
+    to linear in s, so Newton on sqrt(KL) lands in a few steps; a bracket keeps it safe. It aims
+    half a percent low, so that the best s found lies inside the budget.
+    """
+    log_p = logits.log_softmax(-1)
+    delta = torch.where(log_p > -torch.inf, delta, 0.0)
+    s = torch.ones_like(log_p[:, 0])
+    low, high = torch.zeros_like(s), s
+    for i in range(iterations):
+        log_q = (log_p + s[:, None] * delta).log_softmax(-1)
+        q = log_q.exp()
+        mean = (q * delta).sum(-1)
+        variance = (q * (delta - mean[:, None]) ** 2).sum(-1)
+        kl = kl_divergence(log_q, log_p)
+        low, high = torch.where(kl <= max_kl, s, low), torch.where(kl <= max_kl, high, s)
+        root = kl.clamp(min=1e-12).sqrt()
+        newton = s - (root - math.sqrt(0.995 * max_kl)) * 2 * root / (s * variance).clamp(min=1e-12)
+        s = torch.where((newton > low) & (newton < high), newton, (low + high) / 2)
+    return low
+
+
+@dataclass
+class Controller:
+    """How to steer: hidden (B, n_embd) -> u. `step_size` below 0 steers the other way."""
+    value: ValueNet
+    steps: int = 1
+    step_size: float = 1.0
+    radius: float = 1.0
+    max_kl: float = math.inf      # nats a token
+
+    def __call__(self, hidden):
+        return ascend(self.value, hidden, self.steps, self.step_size, self.radius)

@@ -1,0 +1,302 @@
+"""
+Draw texts from a GPT-2 whose state is steered by a value function, beside uncontrolled ones.
+
+    python sample.py                                         # the tiny model, after train_value.py
+    python sample.py --model path/to/gpt2 --value out/gpt2.safetensors --prompt "The movie was"
+    python sample.py --model path/to/gpt2 --value out/gpt2.safetensors --prompts openings.txt --json out/texts.json
+
+The first half is the sampler, `Sampler.step` its heart: read the state, find the control, draw a
+token, move the state on. One function for every device: eager on the CPU, on a GPU captured once as
+a CUDA graph and replayed, so nothing in it reads a tensor back to the host. The second half is the
+script. Exit code 2 and one line on bad input.
+
+Draws are an inverse CDF over one table of uniforms, (samples, tokens), from a CPU generator: the
+same on every device, in every batch and under every control, so that controlled and uncontrolled
+texts are pairs and differences between them have little noise.
+
+But: no speculative decoding, no beam search; texts are cut at --tokens, not at the end of a sentence.
+"""
+import argparse
+import codecs
+import gzip
+import json
+import math
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from control import Controller, kl_ball, kl_divergence
+from model import GPT, Cache, InputError, load_tokenizer
+from value import ValueNet, load_reward
+
+
+# ------------------------------------------------------------------------------------- the sampler
+
+@dataclass
+class Decoding:
+    """What is left of the model's distribution before a token is drawn from it."""
+    temperature: float = 1.0      # 0: the most probable token
+    top_k: int | None = None      # keep the k most probable tokens
+    top_p: float = 1.0            # keep the fewest tokens that hold this probability
+
+
+@dataclass
+class Rollout:
+    """Drawn texts. Every field is (N, T) or (N, T, n_embd); past a text's end entries mean nothing."""
+    tokens: torch.Tensor          # y_t
+    mask: torch.Tensor            # True up to and including the end-of-text token
+    kl: torch.Tensor              # KL(p_u || p), nats, at the decoding's temperature and support
+    logp: torch.Tensor            # log p(y_t) under the uncontrolled model at temperature 1, nats
+    before: torch.Tensor          # V(h_t)
+    after: torch.Tensor           # V(h_t + u_t)
+    hidden: torch.Tensor = None   # h_t + u_t, the state the token was drawn from   (record=True)
+    psi: torch.Tensor = None      # W[y_t] - E[W] under that draw                   (record=True)
+
+
+class Sampler:
+    """A batch of texts of one shape; buffers and, on a GPU, the graph are made once and used again."""
+
+    def __init__(self, model, batch, size, n_tokens, decoding, control=None, record=False, excitation=None):
+        device, n_embd = model.wte.weight.device, model.config.n_embd
+        self.model, self.decoding, self.control = model, decoding, control
+        self.record, self.excitation = record, excitation
+        self.cache = Cache(model, batch, size)
+        self.hidden = torch.zeros(batch, n_embd, dtype=model.wte.weight.dtype, device=device)
+        self.alive = torch.ones(batch, dtype=torch.bool, device=device)
+        self.t = torch.zeros(1, dtype=torch.long, device=device)
+        self.uniforms = torch.zeros(batch, n_tokens, device=device)
+        self.nudges = torch.zeros(batch, n_tokens if excitation is not None else 0, n_embd, device=device)
+        states = torch.zeros(2, batch, n_tokens if record else 0, n_embd, device=device)
+        figures = torch.zeros(4, batch, n_tokens, device=device)
+        self.out = Rollout(figures[0].long(), figures[0].bool(), *figures, *states)
+        self.next = self.capture() if device.type == "cuda" else self.step
+
+    def step(self):
+        """h_t -> u_t -> y_t -> h_{t+1} for every row, all on the device."""
+        model, h, t = self.model, self.hidden, self.t
+        logits = model.unembed(h)                                        # (B, n_embd) -> (B, n_vocab)
+        kept = truncate(logits, self.decoding)
+        u, controlled, kl = self.steer(h, kept)
+        probs = controlled.softmax(-1)
+        token = draw(probs, self.uniforms.index_select(1, t)) if self.decoding.temperature else probs.argmax(-1)
+        token = torch.where(self.alive, token, model.config.eos_token_id)                            # (B,)
+        self.write(t, tokens=token, mask=self.alive, kl=kl,
+                   logp=logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(-1))
+        if self.control is not None:
+            self.write(t, before=self.control.value(h), after=self.control.value(h + u))
+        if self.record:
+            mean = probs.to(h.dtype) @ model.wte.weight                  # (B, n_vocab) -> (B, n_embd)
+            self.write(t, hidden=h + u, psi=(model.wte(token) - mean).float())
+        self.alive.logical_and_(token != model.config.eos_token_id)
+        self.hidden.copy_(model(token[:, None], self.cache)[:, 0])
+        t.add_(1)
+
+    def steer(self, h, kept):
+        """kept logits (B, n_vocab) -> u (B, n_embd), the controlled logits, and the KL (B,) between."""
+        u = torch.zeros_like(h, dtype=torch.float32) if self.control is None else self.control(h)
+        if self.control is None and self.excitation is None:
+            return u, kept, u[:, 0]
+        if self.excitation is not None:
+            u = u + self.nudges.index_select(1, self.t)[:, 0]
+        delta = self.model.unembed(u) / (self.decoding.temperature or 1.0)   # a product of its own:
+        if self.control is not None and self.control.max_kl < math.inf:      # h + u would round u away
+            scale = kl_ball(kept, delta, self.control.max_kl)[:, None]
+            u, delta = scale * u, scale * delta
+        controlled = kept + delta
+        return u, controlled, kl_divergence(controlled.log_softmax(-1), kept.log_softmax(-1))
+
+    def write(self, t, **columns):
+        for name, column in columns.items():
+            getattr(self.out, name).index_copy_(1, t, column[:, None])
+
+    def begin(self, prompts, uniforms, generator):
+        """Forget the last texts, read the prompts [[token, ..], ..] and stand at their last state."""
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        padded = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
+        for row, prompt in zip(padded, prompts):
+            row[:len(prompt)] = torch.tensor(prompt)
+        device = self.hidden.device
+        for buffer in (self.t, self.cache.lengths, *vars(self.out).values()):
+            buffer.zero_()
+        self.alive.fill_(True)
+        self.uniforms.copy_(uniforms)
+        if self.excitation is not None:                        # Gaussian, its amplitude drawn per state
+            shape = self.nudges.shape
+            amplitude = torch.rand(*shape[:2], 1, generator=generator)
+            noise = amplitude * torch.randn(shape, generator=generator)
+            self.nudges.copy_(noise.to(device) * self.excitation)
+        self.cache.span = 0
+        lengths = lengths.to(device)
+        hidden = self.model(padded.to(device), self.cache, lengths)               # (B, T, n_embd)
+        self.hidden.copy_(hidden[torch.arange(len(prompts), device=device), lengths - 1])
+        if device.type == "cuda":
+            self.cache.span = self.cache.size                  # a graph's shapes are fixed
+
+    def capture(self):
+        """The step as a CUDA graph: warmed up on a side stream, recorded once, replayed for ever."""
+        self.cache.span = self.cache.size
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self.t.zero_()
+                self.cache.lengths.zero_()
+                self.step()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.t.zero_()
+        self.cache.lengths.zero_()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.step()
+        return graph.replay
+
+    def run(self, prompts, uniforms, generator=None, watch=None):
+        """Draw the texts. `watch(tokens)` sees each column of tokens as it is drawn."""
+        self.begin(prompts, uniforms, generator)
+        for t in range(uniforms.size(1)):
+            self.next()
+            if watch:
+                watch(self.out.tokens[:, t])
+            if (watch or t % 16 == 15) and not self.alive.any():
+                break
+        return Rollout(*(buffer.clone() for buffer in vars(self.out).values()))
+
+
+def truncate(logits, decoding):
+    """logits (B, n_vocab) -> at the temperature, with -inf outside the top-k and top-p tokens."""
+    if decoding.temperature not in (0, 1):
+        logits = logits / decoding.temperature
+    if decoding.top_k is not None:
+        logits = logits.masked_fill(logits < logits.topk(decoding.top_k).values[:, -1:], -torch.inf)
+    if decoding.top_p < 1:
+        ranked, order = logits.softmax(-1).sort(descending=True, stable=True)
+        beyond = ranked.cumsum(-1) - ranked >= decoding.top_p            # the tokens before hold top_p
+        logits = logits.masked_fill(beyond.scatter(1, order, beyond), -torch.inf)
+    return logits
+
+
+def draw(probs, uniform):
+    """
+    probs (B, n_vocab), uniform (B, 1) in [0, 1) -> tokens (B,), the inverse CDF at each uniform.
+
+    In float64 the CDF rises without exception, and a float32 uniform below 1 times its total stays
+    below the total: a token without probability cannot be drawn.
+    """
+    cdf = probs.cumsum(-1, dtype=torch.float64)
+    return torch.searchsorted(cdf, uniform.double() * cdf[:, -1:], right=True)[:, 0]
+
+
+def uniform_table(samples, n_tokens, seed):
+    """(samples, n_tokens) uniforms in [0, 1), on the CPU whatever the device of the model."""
+    return torch.rand(samples, n_tokens, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def generate(model, prompts, uniforms, decoding=None, control=None, record=False, excitation=None,
+             batch=256, seed=0, watch=None, progress=None):
+    """
+    prompts [[token, ..], ..], one a sample, and uniforms (N, T) -> a Rollout of N texts.
+
+    `record` keeps states and psi for training; `excitation` (n_embd,) is the largest standard
+    deviation of a random control added while rolling out. Done in batches of `batch` texts.
+    """
+    decoding, (samples, n_tokens) = decoding or Decoding(), uniforms.shape
+    longest = max(map(len, prompts))
+    if longest + n_tokens > model.config.n_positions:
+        raise InputError(f"a prompt of {longest} tokens and {n_tokens} more go past the model's context of "
+                         f"{model.config.n_positions}; shorten the prompt or --tokens")
+    generator, parts, sampler = torch.Generator().manual_seed(seed), [], None
+    for start in range(0, samples, batch):
+        rows = slice(start, min(start + batch, samples))
+        if sampler is None or len(sampler.alive) != rows.stop - rows.start:
+            sampler = Sampler(model, rows.stop - rows.start, longest + n_tokens, n_tokens, decoding,
+                              control, record, excitation)
+        parts.append(sampler.run(prompts[rows], uniforms[rows], generator, watch))
+        if progress:
+            progress(rows.stop, samples)
+    return Rollout(*(torch.cat(columns) for columns in zip(*(vars(part).values() for part in parts))))
+
+
+# --------------------------------------------------------------------------------- texts and files
+
+def read_prompts(path):
+    """
+    A text file, one prompt a line, or HH-RLHF's .jsonl(.gz): each "chosen" dialogue up to and
+    including its last "Assistant:", so that the gold answer is not in the prompt.
+    """
+    opened = gzip.open if str(path).endswith(".gz") else open
+    try:
+        with opened(path, "rt", encoding="utf-8") as file:
+            lines = [line.rstrip("\r\n") for line in file]
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); --prompts takes a text file, one prompt "
+                         f"a line, or a .jsonl(.gz)") from None
+    prompts = [line for line in lines if line.strip()]
+    if str(path).removesuffix(".gz").endswith(".jsonl"):
+        prompts = [_dialogue(path, i, line) for i, line in enumerate(lines, 1) if line.strip()]
+    if not prompts:
+        raise InputError(f"{path}: holds no prompts; write one a line")
+    return prompts
+
+
+def _dialogue(path, number, line):
+    turn = "\n\nAssistant:"
+    try:
+        text = json.loads(line)["chosen"]
+        return text[:text.rindex(turn) + len(turn)]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(f'{path}, line {number}: not {{"chosen": "..Assistant:.."}} in JSON; '
+                         f"mend or remove the line") from None
+
+
+def encode_prompts(model, encoder, texts):
+    """["The movie", ..] -> [[bos, token, ..], ..]. InputError on an empty one or one too long."""
+    prompts = []
+    for text in texts:
+        tokens = encoder.encode(text, allowed_special="all")
+        if not tokens:
+            raise InputError("an empty prompt; give at least one word")
+        if len(tokens) + 1 >= model.config.n_positions:
+            raise InputError(f"a prompt of {len(tokens)} tokens ({text[:40]!r} ..) leaves no room in the model's "
+                             f"context of {model.config.n_positions}; shorten it")
+        prompts.append([model.config.bos_token_id] + tokens)
+    return prompts
+
+
+def decode(encoder, prompts, rollout, eos):
+    """The whole texts, prompt and continuation, without the special tokens around them."""
+    return [encoder.decode(prompt[1:] + [t for t in tokens[mask].tolist() if t != eos])
+            for prompt, tokens, mask in zip(prompts, rollout.tokens.cpu(), rollout.mask.cpu())]
+
+
+def mean_error(scores, clusters=None):
+    """Mean and its standard error; `clusters` [label, ..] groups scores that are not independent."""
+    scores = torch.as_tensor(scores, dtype=torch.float64)
+    labels = torch.arange(len(scores)) if clusters is None else torch.as_tensor(clusters)
+    sums = torch.zeros(int(labels.max()) + 1, dtype=torch.float64)
+    sums.index_add_(0, labels, scores - scores.mean())
+    count = len(labels.unique())
+    error = sums.square().sum().sqrt() / len(scores) * math.sqrt(count / max(count - 1, 1))
+    return scores.mean().item(), error.item() if count > 1 else math.nan
+
+
+def distinct(rollout, n):
+    """Distinct n-grams over all n-grams of the continuations, in [0, 1]."""
+    grams = [tuple(row[i:i + n]) for tokens, mask in zip(rollout.tokens.cpu(), rollout.mask.cpu())
+             for row in [tokens[mask].tolist()] for i in range(len(row) - n + 1)]
+    return len(set(grams)) / max(len(grams), 1)
+
+
+def figures(rollout, rewards, clusters=None):
+    """What a set of texts earned and what it cost: {name: number}, NaN where not defined."""
+    mask = rollout.mask
+    reward, error = mean_error(rewards, clusters)
+    return {"reward": reward, "error": error,
+            "kl_token": rollout.kl[mask].mean().item(),
+            "kl_text": (rollout.kl * mask).sum(1).mean().item(),
+            "perplexity": math.exp(-rollout.logp[mask].mean().item()),
+            "before": rollout.before[mask].mean().item(), "after": rollout.after[mask].mean().item(),
+            **{f"distinct_{n}": distinct(rollout, n) for n in (1, 2, 3)}}

@@ -1,0 +1,254 @@
+"""
+V(h): the expected reward of the finished text, read off the hidden state; and the rewards.
+
+    V(h_t) = E[V(h_{t+1})]          the Bellman equation of the uncontrolled system
+    V(h_L) = reward(text)           where the text ends or is cut, both treated alike
+
+Source: "Aligning Large Language Models with Representation Editing: A Control Perspective"
+(arXiv 2406.05954), section 4.2.
+
+    hidden  h_t, the state from which token y_t is drawn                     (B, T, n_embd)
+    values  V(h_t)                                                            (B, T)
+    mask    True where t < L, the text's own length in tokens                 (B, T)
+    psi     W[y_t] - E_p[W], p the distribution y_t was drawn from; E[psi]=0  (B, T, n_embd)
+
+The half of the equation the paper leaves out. Control acts only on the draw, p_u(y) ~ exp(w_y.(h+u)),
+so to first order all it can change is which token is drawn. Values alone leave dV/dh free in every
+direction the data does not span, and ascent goes exactly there. `q_values` closes that gap:
+
+    Q(h, y) = V(h) + dV/dx . psi_x                   psi_x = std * psi, x = (h - mean) / std
+
+is one Bellman equation for states *and* tokens, and its KL-optimal policy, p(y) exp(Q(h, y) / beta),
+is exactly softmax(W (h + u)) with u_x = dV/dx / beta: one gradient step of size 1 / beta.
+
+Deviations from the paper: TD(lambda) instead of one step; Q instead of V in the loss; standardised
+states. All three are switched off by `train_value.py --method paper`.
+But: V reads one state, not the text; what the state does not hold, V cannot know.
+"""
+import importlib.util
+import json
+import math
+import re
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+
+from model import InputError, read_header, read_safetensors, write_safetensors
+
+
+class ValueNet(nn.Module):
+    """V(h) = w2 . phi(W1 x + b1) + b2, x = (h - mean) / std, phi = tanh. Always float32."""
+
+    def __init__(self, n_embd, width):
+        super().__init__()
+        self.w1 = nn.Parameter(torch.randn(width, n_embd) / math.sqrt(n_embd))
+        self.b1 = nn.Parameter(torch.zeros(width))
+        self.w2 = nn.Parameter(torch.randn(width) / width)
+        self.b2 = nn.Parameter(torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(n_embd))      # of the training states
+        self.register_buffer("std", torch.ones(n_embd))
+        self.info = {}                                         # what it was trained on, saved along
+
+    def preactivation(self, hidden):
+        """hidden (..., n_embd) -> z = W1 x + b1 (..., width)"""
+        return (hidden.float() - self.mean) / self.std @ self.w1.T + self.b1
+
+    def slope(self, z):
+        """z (..., width) -> dV/dz = w2 * phi'(z) (..., width)"""
+        return self.w2 * (1 - z.tanh() ** 2)
+
+    def forward(self, hidden):
+        """hidden (..., n_embd) -> V (...)"""
+        return self.preactivation(hidden).tanh() @ self.w2 + self.b2
+
+    def gradient(self, hidden):
+        """hidden (..., n_embd) -> dV/dx = std * dV/dh (..., n_embd), in closed form."""
+        return self.slope(self.preactivation(hidden)) @ self.w1
+
+    def q_values(self, hidden, psi):
+        """hidden, psi (..., n_embd) -> V(h), Q(h, y) = V(h) + dV/dx . psi_x, each (...)"""
+        z = self.preactivation(hidden)
+        value = z.tanh() @ self.w2 + self.b2
+        advantage = (self.slope(z) * ((self.std * psi) @ self.w1.T)).sum(-1)      # (..., width) -> (...)
+        return value, value + advantage
+
+    def save(self, path, **info):
+        """Write a .safetensors that carries its configuration; whole or not at all."""
+        info = {"n_embd": self.w1.size(1), "width": self.w1.size(0), **self.info, **info}
+        metadata = {"nanocontrol": json.dumps(info)}
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            write_safetensors(path, self.state_dict(), metadata)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be written ({error.strerror}); choose another --out") from None
+
+    @classmethod
+    def load(cls, path, model):
+        """The net saved at `path`, refused unless it was trained on the states of `model`."""
+        try:
+            info = json.loads(read_header(path)[1]["nanocontrol"])
+            value = cls(info["n_embd"], info["width"])
+            value.load_state_dict(dict(read_safetensors(path)))
+        except FileNotFoundError:
+            raise InputError(f"{path}: no such value net; train one with train_value.py") from None
+        except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{path}: not a value net of this project; train one with train_value.py") from None
+        if info["n_embd"] != model.config.n_embd:
+            raise InputError(f"{path}: a value net for states of {info['n_embd']} numbers, and this model's "
+                             f"have {model.config.n_embd}; train one with train_value.py --model ..")
+        if info.get("fingerprint") != model.fingerprint():
+            raise InputError(f"{path}: the value net of another model ({info.get('model')}); "
+                             f"train one with train_value.py --model ..")
+        value.info = info
+        return value.to(model.wte.weight.device).requires_grad_(False)
+
+
+@torch.no_grad()
+def bellman_targets(values, rewards, mask, lam):
+    """
+    TD(lambda) targets (B, T) for values, mask (B, T) and rewards (B,); no gradient flows through.
+
+        target_{L-1} = reward          target_t = (1 - lam) V(h_{t+1}) + lam target_{t+1}
+
+    With rewards [1.], values [[.1, .2, .4]] and all three states real:
+        lam 0    [[.2, .4, 1.]]     the Bellman equation, one step
+        lam 0.5  [[.45, .7, 1.]]
+        lam 1    [[1., 1., 1.]]     Monte Carlo
+    """
+    targets = torch.zeros_like(values)
+    next_value = next_target = rewards                         # beyond the last state: the reward
+    for t in reversed(range(values.size(1))):
+        target = (1 - lam) * next_value + lam * next_target
+        next_target = torch.where(mask[:, t], target, rewards)
+        next_value = torch.where(mask[:, t], values[:, t], rewards)
+        targets[:, t] = torch.where(mask[:, t], target, 0.0)
+    return targets
+
+
+def value_loss(value, hidden, psi, rewards, mask, lam, form):
+    """
+    Mean squared Bellman error over the real states, a scalar.
+
+    form "q" fits Q(h_t, y_t), form "v" V(h_t) alone, both to the same targets.
+    """
+    v, q = value.q_values(hidden, psi) if form == "q" else (value(hidden),) * 2
+    targets = bellman_targets(v.detach(), rewards, mask, lam)
+    return ((q - targets)[mask] ** 2).mean()
+
+
+# ----------------------------------------------------------------------------------------- rewards
+# A reward is a callable: texts (prompt + continuation, without special tokens) -> one float each.
+
+NEGATIONS = frozenset("not no never neither nor without hardly barely".split())
+
+
+def sentiment(texts):
+    """
+    (p - n) / (p + n) over the positive and negative words of each text, 0 where it has none.
+
+    A negation among the three words before turns a word around, unless a clause ends in between.
+
+    >>> sentiment(["a great cast and a dull plot , not a bad ending"])     # +1 -1 +1
+    [0.3333333333333333]
+    """
+    scores = []
+    for text in texts:
+        counts, reach = [0, 0], 0                              # [positive, negative]
+        for word in re.findall(r"[a-z]+(?:n't)?|[.,;:!?]", text.lower().replace("\u2019", "'")):
+            if word in NEGATIONS or word.endswith("n't"):
+                reach = 4
+            elif not word[0].isalpha():
+                reach = 0
+            elif word in POSITIVE or word in NEGATIVE:
+                counts[(word in NEGATIVE) ^ (reach > 0)] += 1
+            reach -= reach > 0
+        scores.append((counts[0] - counts[1]) / max(sum(counts), 1))
+    return scores
+
+
+def load_reward(name):
+    """"sentiment" or "path/to/file.py:function" -> a callable texts -> list of finite floats."""
+    if name == "sentiment":
+        return sentiment
+    path, _, function = name.rpartition(":")
+    if not path.endswith(".py"):
+        raise InputError(f"--reward {name}: neither 'sentiment' nor 'path/to/file.py:function'")
+    try:
+        spec = importlib.util.spec_from_file_location("reward", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return checked(getattr(module, function), name)
+    except Exception as error:      # the user's file may raise anything
+        raise InputError(f"--reward {name}: cannot be loaded "
+                         f"({type(error).__name__}: {error}); mend the file") from None
+
+
+def checked(reward, name):
+    """The user's reward, held to its contract: InputError where it raises or returns no scores."""
+    def scores(texts):
+        try:
+            result = [float(score) for score in reward(texts)]
+        except Exception as error:  # the user's function may raise anything
+            raise InputError(f"--reward {name}: raised {type(error).__name__}: {error}; mend the file") from None
+        if len(result) != len(texts):
+            raise InputError(f"--reward {name}: returned {len(result)} scores for {len(texts)} texts; "
+                             f"return one a text")
+        for text, score in zip(texts, result):
+            if not math.isfinite(score):
+                raise InputError(f"--reward {name}: returned {score} for {text[:60]!r}; return finite numbers")
+        return result
+    return scores
+
+
+# The words `sentiment` counts: what film reviews praise and blame with, chosen by hand.
+POSITIVE = frozenset("""
+absorbing acclaimed accomplished admirable adorable affecting amazing amused amusing appealing astonishing
+astounding atmospheric authentic awesome beautiful beautifully believable beloved best better bold brave
+breathtaking bright brilliant brilliantly captivating celebrated charismatic charm charming charmingly
+cheerful classic classy clever cleverly comforting compelling convincing convincingly cool credible cute
+dazzling deft delicate delicious delight delighted delightful deserves effective effectively elegant
+enchanting endearing engaging engrossing enjoy enjoyable enjoyed enjoying entertained entertaining
+enthralling excellent excellently exceptional excited exciting exhilarating exquisite extraordinary
+fantastic fascinating faultless favorite favourite fine finest flawless fresh fun funniest funny gem
+generous genius gentle genuine genuinely gifted glad glorious good gorgeous graceful grand great greatest
+gripping happy harmonious haunting heartfelt heartwarming hilarious hilariously honest hooked hopeful
+humorous imaginative immersive impeccable impressed impressive incredible incredibly ingenious innovative
+insightful inspired inspiring intelligent intense intriguing inventive invigorating irresistible joy joyful
+joyous kind likable likeable lively lovable love loved lovely loves loving luminous lush magic magical
+magnificent marvellous marvelous masterful masterfully masterpiece memorable mesmerizing moving nice nicely
+nuanced original outstanding passionate perfect perfection perfectly phenomenal playful pleasant pleasantly
+pleased pleasing pleasure poetic poignant polished powerful praise priceless profound pure radiant rare
+realistic recommend recommended refreshing refreshingly remarkable remarkably resonant rewarding rich
+riveting rocks romantic satisfied satisfying seamless sensational sensitive sharp sincere skillful smart
+smooth solid soulful sparkling special spectacular spellbinding splendid stellar strong stunning stylish
+sublime subtle superb superbly surprising suspenseful sweet sympathetic talent talented tender terrific
+thoughtful thrilled thrilling timeless top touching treasure treat tremendous triumph triumphant
+unforgettable unique uplifting vibrant vivid warm warmth watchable winner winning wise witty wonder
+wonderful wonderfully worth worthwhile worthy wow
+""".split())
+
+NEGATIVE = frozenset("""
+absurd abysmal aimless amateur amateurish annoyed annoying annoyingly appalling appallingly artificial
+atrocious avoid awful awfully awkward bad badly bland bleak bogus bore bored boredom boring bother bothered
+broken butchered careless cheap cheesy cliche cliched cliches clumsy cold confused confusing contrived corny
+crap crappy cringe crude cruel dated dead defective depressing derivative despicable dire disappointed
+disappointing disappointingly disappointment disaster disastrous disgusting disjointed dismal distasteful
+dreadful dreadfully dreary dull dumb embarrassing embarrassment empty endless excruciating exploitative fail
+failed fails failure fake farce flat flaw flawed flaws flop forced forgettable frustrated frustrating
+garbage generic ghastly gimmicky grating gross hackneyed hate hated hates hideous hollow hopeless horrendous
+horrible horribly horrid idiotic idiots implausible inane incoherent incompetent inept inferior insipid
+insult insulting irritating joyless junk lack lacking lackluster lacks lame lazy lifeless limp listless
+loathe lousy ludicrous mediocre mess messy mindless miserable miserably misguided missed mistake monotonous
+moronic muddled mundane nasty nonsense nonsensical numbing obnoxious obvious offensive overacted overblown
+overlong overrated painful painfully pathetic pitiful plodding pointless ponderous poor poorly predictable
+preposterous pretentious problem problems pseudo rambling rehash repetitive repulsive ridiculous
+ridiculously rubbish ruin ruined ruins rushed sadly sappy senseless shallow shambles shame shoddy silly
+simplistic sloppy slow sluggish soulless stale stereotypical stiff stilted stink stinks stupid stupidity
+suck sucked sucks superficial tacky tasteless tedious terrible terribly thin tired tiresome torture trash
+trashy trite trivial turkey ugly unbearable unbelievable unconvincing uneven unfortunate unfortunately
+unfunny uninspired uninteresting unnecessary unoriginal unpleasant unrealistic unwatchable useless vapid
+vile vulgar waste wasted wasting weak weakest wooden worse worst worthless wrong yawn
+""".split())
