@@ -34,6 +34,8 @@ import torch.nn.functional as F
 
 class InputError(ValueError):
     """Something the user can mend. The message is one line: the cause, then the mend."""
+    def __init__(self, message):
+        super().__init__(" ".join(message.splitlines()))       # whatever a file's names contain
 
 
 # ----------------------------------------------------------------------------------------- the GPT
@@ -185,7 +187,7 @@ def read_config(directory):
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file; is {directory} a GPT-2 checkpoint?") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as JSON ({error}); fetch it again") from None
     if not isinstance(raw, dict):
         raise InputError(f"{path}: holds no JSON object; fetch it again")
@@ -201,10 +203,12 @@ def read_config(directory):
     sizes = {name: raw.get(key) for name, key in (
         ("n_vocab", "vocab_size"), ("n_positions", "n_positions"), ("n_embd", "n_embd"),
         ("n_layer", "n_layer"), ("n_head", "n_head"))}
-    sizes["n_inner"] = raw.get("n_inner") or 4 * (raw.get("n_embd") or 0)
+    if raw.get("n_inner"):
+        sizes["n_inner"] = raw["n_inner"]
     for name, size in sizes.items():
         if type(size) is not int or size < 1:
             raise InputError(f"{path}: {name} is {size!r}, not a positive integer; fetch it again")
+    sizes.setdefault("n_inner", 4 * sizes["n_embd"])
     if sizes["n_embd"] % sizes["n_head"]:
         raise InputError(f"{path}: n_embd {sizes['n_embd']} is not a multiple of n_head "
                          f"{sizes['n_head']}; fetch it again")
@@ -212,8 +216,11 @@ def read_config(directory):
     if not all(type(end) is int and 0 <= end < sizes["n_vocab"] for end in ends):
         raise InputError(f"{path}: bos/eos_token_id {ends} lie outside the vocabulary of "
                          f"{sizes['n_vocab']}; fetch it again")
-    return Config(**sizes, eps=raw.get("layer_norm_epsilon", 1e-5),
-                  bos_token_id=ends[0], eos_token_id=ends[1])
+    eps = raw.get("layer_norm_epsilon", 1e-5)
+    if type(eps) not in (int, float) or not 0 <= eps < 1:
+        raise InputError(f"{path}: layer_norm_epsilon is {eps!r}, not a small positive number; "
+                         f"fetch it again")
+    return Config(**sizes, eps=eps, bos_token_id=ends[0], eos_token_id=ends[1])
 
 
 def find_weights(directory):
@@ -239,22 +246,25 @@ HEAD = "lm_head.weight"      # where it is repeated, it must repeat wte
 def load_weights(model, path, device, dtype):
     """Fill the model from a public GPT-2 checkpoint; InputError lists every name that is off."""
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    loaded, head, off = {}, None, []
+    loaded, head, off, met = {}, None, [], set()
     for name, tensor in read_safetensors(path):
         name = name.removeprefix("transformer.")
         if name.endswith(IGNORED):
             continue
         if name.endswith(TRANSPOSED) and tensor.dim() == 2:
             tensor = tensor.T
+        met.add(name)
         if name == HEAD:
             head = tensor
         elif name not in wanted:
             off.append(f"unexpected {name}")
         elif tuple(tensor.shape) != wanted[name]:
             off.append(f"{name} is {tuple(tensor.shape)}, not {wanted[name]}")
+        elif not tensor.is_floating_point():
+            off.append(f"{name} holds {tensor.dtype}, not floating point")
         else:
             loaded[name] = tensor.to(device, dtype).contiguous()
-    off += [f"missing {name}" for name in wanted if name not in loaded and name not in " ".join(off)]
+    off += [f"missing {name}" for name in wanted if name not in met]
     if off:
         raise InputError(f"{path}: not the weights config.json describes: {', '.join(off)}; "
                          f"fetch both files from one model")
@@ -273,6 +283,13 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "U8": torch.uint8, "BOOL": torch.bool, "I64": torch.int64}
 
 
+def extent(*numbers):
+    """The numbers, if each is a whole number that fits 63 bits; else ValueError."""
+    if not all(type(n) is int and 0 <= n < 2 ** 63 for n in numbers):
+        raise ValueError(f"{numbers} are no extent")
+    return numbers
+
+
 def read_header(path):
     """path -> (header, metadata, offset of the data). Every extent is checked against the file."""
     size = os.path.getsize(path)
@@ -283,9 +300,11 @@ def read_header(path):
             raise InputError(f"{path}: not a whole safetensors file ({size} bytes); fetch it again")
         try:
             header = json.loads(file.read(length).decode("utf-8"))
-            metadata = header.pop("__metadata__", {})
-            entries = sorted((*map(int, entry["data_offsets"]), entry["dtype"], tuple(entry["shape"]))
-                             for entry in header.values())
+            metadata = dict(header.pop("__metadata__", {}))
+            entries = sorted((*extent(*entry["data_offsets"]), str(entry["dtype"]),
+                              extent(*entry["shape"])) for entry in header.values())
+            if any(len(entry) != 4 for entry in entries):
+                raise ValueError("an extent is a beginning and an end")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(f"{path}: its safetensors header is corrupt "
                              f"({type(error).__name__}); fetch it again") from None
@@ -293,8 +312,7 @@ def read_header(path):
     for begin, stop, dtype, shape in entries:
         if dtype not in DTYPES:
             raise InputError(f"{path}: holds a tensor of type {dtype!r}; only {', '.join(DTYPES)} are read")
-        whole = all(type(n) is int and n >= 0 for n in shape)
-        if not whole or begin != end or stop - begin != math.prod(shape) * DTYPES[dtype].itemsize:
+        if begin != end or stop - begin != math.prod(shape) * DTYPES[dtype].itemsize:
             raise InputError(f"{path}: its tensors' extents do not fit together; fetch it again")
         end = stop
     if 8 + length + end != size:
@@ -312,7 +330,7 @@ def read_safetensors(path):
             data = bytearray(mapped[begin:end])                # aligned, whatever the file is
             flat = torch.frombuffer(data, dtype=DTYPES[entry["dtype"]]) if data else \
                 torch.empty(0, dtype=DTYPES[entry["dtype"]])
-            yield name, flat.view(entry["shape"])
+            yield name, flat.view(tuple(entry["shape"]))
 
 
 def write_safetensors(path, tensors, metadata):
@@ -350,7 +368,10 @@ def load_tokenizer(directory):
             vocabulary = json.loads(path.read_text(encoding="utf-8"))
             special = {t: i for t, i in vocabulary.items() if t.startswith("<|") and t.endswith("|>")}
             ranks = {bytes(BYTES[c] for c in t): i for t, i in vocabulary.items() if t not in special}
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+            if any(type(i) is not int or not 0 <= i < 2 ** 31 for i in vocabulary.values()) \
+                    or len(set(vocabulary.values())) < len(vocabulary):
+                raise ValueError("the ids are not different whole numbers")
+        except (OSError, ValueError, KeyError, AttributeError, RecursionError) as error:
             raise InputError(f"{path}: not a GPT-2 vocabulary ({type(error).__name__}); "
                              f"fetch it again") from None
         if any(bytes([b]) not in ranks for b in range(256)):

@@ -135,21 +135,25 @@ def test_cut_lengthened_and_replaced_weights(tiny):
         refused(lambda: GPT.from_pretrained(tiny), "model.safetensors")
 
 
-ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
-LIES = [{"data_offsets": offsets} for offsets in ([0, 4, 8], [0], ["0", "8"], "08", [0.0, 8.0],
-        [0, float("inf")], [8, 0], [-8, 0], [4, 12], [0, 4])]
+FIRST = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+SECOND = {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]}
+LIES = [{"data_offsets": offsets} for offsets in ([8, 12, 16], [8], ["8", "16"], "89", [8.0, 16.0],
+        [8, float("inf")], [16, 8], [-8, 0], [12, 20], [8, 12])]
 LIES += [{"shape": shape} for shape in ([3], [-1, -2], [2.0], "2", 2, None)]
 LIES += [{"dtype": dtype} for dtype in ("F33", None, ["F32"])]
+LIES += [{"shape": [4], "data_offsets": [0, 16]}, {"shape": [1], "data_offsets": [12, 16]}]
 
 
 @pytest.mark.parametrize("lie", [{}, *LIES], ids=str)
 def test_headers_that_lie(lie, tmp_path):
-    path, header = tmp_path / "w.safetensors", json.dumps({"w": {**ENTRY, **lie}}).encode()
-    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    path = tmp_path / "w.safetensors"
+    header = json.dumps({"first": FIRST, "second": {**SECOND, **lie}}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + np.float32([1, 2, 3, 4]).tobytes())
     if lie:
         refused(lambda: list(read_safetensors(path)), "w.safetensors")
     else:
-        assert [(name, w.tolist()) for name, w in read_safetensors(path)] == [("w", [0.0, 0.0])]
+        tensors = {name: tensor.tolist() for name, tensor in read_safetensors(path)}
+        assert tensors == {"first": [1, 2], "second": [3, 4]}
 
 
 def test_random_damage_is_a_load_or_one_line(tiny):
