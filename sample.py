@@ -23,6 +23,7 @@ import json
 import math
 import os
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -300,3 +301,202 @@ def figures(rollout, rewards, clusters=None):
             "perplexity": math.exp(-rollout.logp[mask].mean().item()),
             "before": rollout.before[mask].mean().item(), "after": rollout.after[mask].mean().item(),
             **{f"distinct_{n}": distinct(rollout, n) for n in (1, 2, 3)}}
+
+
+def show(rows):
+    """Print {label: figures} as a table; KL at temperature 0 is not defined and shown as n/a."""
+    print(f"\n{'':14}{'reward':>16}{'KL a token':>12}{'KL a text':>11}{'perplexity':>12}"
+          f"{'V before':>10}{'V after':>9}   distinct-1/2/3")
+    for label, f in rows.items():
+        cells = [f"{f[name]:.{digits}f}" if math.isfinite(f[name]) else "n/a" for name, digits in
+                 (("kl_token", 4), ("kl_text", 3), ("perplexity", 2), ("before", 3), ("after", 3))]
+        print(f"{label:14}{f['reward']:8.3f} +-{f['error']:6.3f}{cells[0]:>11}{cells[1]:>11}{cells[2]:>12}"
+              f"{cells[3]:>10}{cells[4]:>9}   " + "/".join(f"{f[f'distinct_{n}']:.2f}" for n in (1, 2, 3)))
+
+
+# -------------------------------------------------------------------------------------- the script
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are InputErrors: one line, without the usage."""
+    def __init__(self, doc):
+        super().__init__(description=doc.strip().split("\n")[0],
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        add = self.add_argument
+        add("--model", default="tests/toy", metavar="DIR", help="GPT-2: config.json, model.safetensors")
+        add("--prompt", action="append", metavar="TEXT", help="a prompt; may be given again (default: see --prompts)")
+        add("--prompts", metavar="FILE", help="one prompt a line, or HH-RLHF's .jsonl(.gz); "
+                                              "prompts.txt of the model's directory if neither is given")
+        add("--tokens", type=at_least(1), default=32, help="tokens drawn a text, at most")
+        add("--seed", type=at_least(0), default=0, help="of the draws; the same seed gives the same texts")
+        add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1, cpu")
+        add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model's weights")
+        add("--batch", type=at_least(1), default=256, help="texts drawn side by side")
+
+    def error(self, message):
+        raise InputError(f"{message}; see --help")
+
+    def add_control(self):
+        add = self.add_argument
+        add("--steps", type=at_least(0), default=1, help="of gradient ascent on V, a token")
+        add("--step-size", type=at_least(0, float), default=1.5, help="of each, in reward per (state / std)^2")
+        add("--radius", type=at_least(0, float), default=1.0, help="of the ball around the state; 1: the typical "
+                                                                   "distance of a state from the mean")
+        add("--max-kl", type=at_least(0, float), default=math.inf, help="budget of the control, nats a token")
+        add("--sign", type=int, choices=(1, -1), default=1, help="-1 steers towards low V")
+
+
+def at_least(bound, kind=int):
+    """An argparse type: a number of that kind, not below the bound."""
+    def parse(text):
+        number = kind(text)
+        if not number >= bound:
+            raise argparse.ArgumentTypeError(f"{text} is below {bound}")
+        return number
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def load(args):
+    """-> model, encoder, prompt texts, encoded prompts; says on which device."""
+    try:
+        device = torch.device(args.device)
+        if device.type == "cuda" and not torch.cuda.is_available():
+            raise InputError(f"--device {args.device}: this machine has no CUDA device; use --device cpu")
+        torch.zeros(1, device=device)
+    except RuntimeError as error:
+        raise InputError(f"--device {args.device}: {str(error).splitlines()[0]}; use cuda or cpu") from None
+    model = GPT.from_pretrained(args.model, device, getattr(torch, args.dtype))
+    encoder = load_tokenizer(args.model)
+    own = Path(args.model) / "prompts.txt"
+    if not (args.prompt or args.prompts or own.is_file()):
+        raise InputError(f"{args.model} has no prompts.txt of its own; give --prompt TEXT or --prompts FILE")
+    texts = (args.prompt or []) + (read_prompts(args.prompts) if args.prompts else [])
+    texts = texts or read_prompts(own)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{args.model}: {parameters:,} parameters, frozen, {args.dtype} on {device}; {len(texts)} prompts")
+    return model, encoder, texts, encode_prompts(model, encoder, texts)
+
+
+def check_writable(path):
+    """InputError now rather than after the work, where a file could not be written later."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        probe = Path(f"{path}.{os.getpid()}.part")
+        probe.touch()
+        probe.unlink()
+        if Path(path).is_dir():
+            raise IsADirectoryError(0, "is a directory")
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error.strerror}); choose another file") from None
+
+
+def stream(encoder, eos):
+    """A `watch` for generate: prints the first row's tokens as they are drawn."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")     # a character may span tokens
+
+    def watch(tokens):
+        if tokens[0] != eos:
+            print(decoder.decode(encoder.decode_single_token_bytes(tokens[0].item())), end="", flush=True)
+    return watch
+
+
+def parse_args(argv):
+    parser = Parser(__doc__)
+    parser.add_control()
+    parser.add_argument("--value", default="out/value.safetensors", metavar="FILE", help="from train_value.py")
+    parser.add_argument("--reward", metavar="NAME", help="sentiment or path/to/file.py:function "
+                                                         "(default: what V was trained on)")
+    parser.add_argument("--samples", type=at_least(1), default=100, help="texts a prompt")
+    parser.add_argument("--show", type=at_least(0), default=4, help="pairs of texts printed")
+    parser.add_argument("--temperature", type=at_least(0, float), default=1.0, help="0: the most probable token")
+    parser.add_argument("--top-k", type=int, help="draw from the k most probable tokens only")
+    parser.add_argument("--top-p", type=at_least(0, float), default=1.0, help="draw from the fewest tokens with this mass")
+    parser.add_argument("--only", action="store_true", help="skip the uncontrolled texts")
+    parser.add_argument("--json", metavar="FILE", help="write every text and figure there")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if args.json:
+        check_writable(args.json)
+    model, encoder, texts, prompts = load(args)
+    if args.top_k is not None and not 1 <= args.top_k <= model.config.n_vocab:
+        raise InputError(f"--top-k {args.top_k}: choose 1 to {model.config.n_vocab}, the size of the vocabulary")
+    value = ValueNet.load(args.value, model)
+    reward = load_reward(args.reward or value.info["reward"])
+    control = Controller(value, args.steps, args.sign * args.step_size, args.radius, args.max_kl)
+    decoding = Decoding(args.temperature, args.top_k, args.top_p)
+    print(f"{args.value}: method {value.info['method']}, reward {value.info['reward']}; control: {args.steps} "
+          f"steps of {control.step_size:g}, radius {args.radius:g}, at most {args.max_kl:g} nats a token")
+    rows = [prompt for prompt in prompts for _ in range(args.samples)]
+    uniforms = uniform_table(len(rows), args.tokens, args.seed)
+    results = {}
+    for label, how in [("uncontrolled", None)] * (not args.only) + [("controlled", control)]:
+        watch = None
+        if len(rows) == 1:
+            print(f"\n{label}: {texts[0]}", end="", flush=True)
+            watch = stream(encoder, model.config.eos_token_id)
+        rollout = generate(model, rows, uniforms, decoding, how, batch=args.batch, watch=watch,
+                           progress=progress(f"{label} texts"))
+        written = decode(encoder, rows, rollout, model.config.eos_token_id)
+        results[label] = rollout, written, reward(written)
+    if len(rows) > 1:
+        show_pairs(results, [i * len(rows) // max(args.show, 1) for i in range(min(args.show, len(rows)))])
+    table = {label: figures(rollout, scores) for label, (rollout, _, scores) in results.items()}
+    if args.temperature == 0:
+        for row in table.values():
+            row["kl_token"] = row["kl_text"] = math.nan
+    show(table)
+    if args.json:
+        write_json(args.json, vars(args), texts, args.samples, results, table)
+
+
+def show_pairs(results, rows):
+    """The same prompt and the same draws, without and with control."""
+    for i in rows:
+        print()
+        for label, (_, written, scores) in results.items():
+            print(f"{label:13}{scores[i]:+.2f}  {' '.join(written[i].split())}")
+
+
+def write_json(path, settings, prompts, samples, results, table):
+    """All of it, for machines; NaN (not defined) is written as null."""
+    clean = {label: {k: v if math.isfinite(v) else None for k, v in row.items()} for label, row in table.items()}
+    settings = {k: v if v != math.inf else None for k, v in settings.items()}
+    whole = {"settings": settings, **{label: {"figures": clean[label], "texts": [
+        {"prompt": prompts[i // samples], "text": text, "reward": score,
+         "kl": rollout.kl[i].sum().item() if clean[label]["kl_text"] is not None else None}
+        for i, (text, score) in enumerate(zip(written, scores))]}
+        for label, (rollout, written, scores) in results.items()}}
+    temporary = Path(f"{path}.{os.getpid()}.part")
+    temporary.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def progress(label):
+    """A line on stderr that counts texts, where stderr is a terminal."""
+    start = time.time()
+
+    def report(done, total):
+        if sys.stderr.isatty():
+            left = (time.time() - start) * (total - done) / done
+            print(f"\r{label}: {done}/{total}, {left:.0f} s left ", end="" if done < total else "\r\033[K",
+                  file=sys.stderr, flush=True)
+    return report
+
+
+def run(main):
+    """Run a script: InputError is one line and exit code 2, an interrupt exit code 130."""
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    run(main)
