@@ -10,7 +10,7 @@ Representation Editing: A Control Perspective" (arXiv 2406.05954), section 4.3.
     h, x    hidden, and (h - mean) / std: the coordinates of the ascent, those V was trained in
     u       the control signal, in the coordinates of h, as it is added before the head
     radius  1 is the typical distance of a state from the mean state
-    beta    1 / step_size: one step is the KL-regularised optimum for Q(h, y) (see value.py)
+    beta    gain / step_size: one step is the KL-regularised optimum for Q(h, y) (see value.py)
 
 Deviations from the paper, on purpose:
     1. The gradient is closed form (V has one hidden layer), without autograd.
@@ -49,7 +49,7 @@ def ascend(value, hidden, steps, step_size, radius):
         A = A + step_size * a
         dz = dz + step_size * (a @ G)
         norm = (A * dz).sum(-1, keepdim=True).clamp(min=0).sqrt()
-        shrink = ball / norm.clamp(min=max(ball, 1e-30))       # 1 inside the ball
+        shrink = (ball / norm.clamp(min=1e-30)).clamp(max=1)   # 1 inside the ball
         A, dz = A * shrink, dz * shrink
     return value.std * (A @ value.w1)                          # (B, width) -> (B, n_embd)
 
@@ -83,6 +83,15 @@ def kl_ball(logits, delta, max_kl, iterations=6):
         newton = s - (root - math.sqrt(0.995 * max_kl)) * 2 * root / (s * variance).clamp(min=1e-12)
         s = torch.where((newton > low) & (newton < high), newton, (low + high) / 2)
     return low
+
+
+def step_for_kl(value, hidden, psi, mask, nats):
+    """
+    The step_size at which one step costs `nats` a text, to second order, from uncontrolled rollouts
+    (hidden, psi (N, T, n_embd), mask (N, T)). A small u costs Var_p(w . u) / 2 = E[(psi . u)^2] / 2.
+    """
+    v, q = value.q_values(hidden, psi)                         # q - v = dV/dx . psi_x = psi . u at step 1
+    return math.sqrt(2 * nats / ((q - v) ** 2 * mask).sum(1).mean().item())
 
 
 @dataclass

@@ -60,16 +60,14 @@ class Rollout:
 class Sampler:
     """A batch of texts of one shape; buffers and, on a GPU, the graph are made once and used again."""
 
-    def __init__(self, model, batch, size, n_tokens, decoding, control=None, record=False, excitation=None):
+    def __init__(self, model, batch, size, n_tokens, decoding, control=None, record=False):
         device, n_embd = model.wte.weight.device, model.config.n_embd
-        self.model, self.decoding, self.control = model, decoding, control
-        self.record, self.excitation = record, excitation
+        self.model, self.decoding, self.control, self.record = model, decoding, control, record
         self.cache = Cache(model, batch, size)
         self.hidden = torch.zeros(batch, n_embd, dtype=model.wte.weight.dtype, device=device)
         self.alive = torch.ones(batch, dtype=torch.bool, device=device)
         self.t = torch.zeros(1, dtype=torch.long, device=device)
         self.uniforms = torch.zeros(batch, n_tokens, device=device)
-        self.nudges = torch.zeros(batch, n_tokens if excitation is not None else 0, n_embd, device=device)
         states = torch.zeros(2, batch, n_tokens if record else 0, n_embd, device=device)
         figures = torch.zeros(4, batch, n_tokens, device=device)
         self.out = Rollout(figures[0].long(), figures[0].bool(), *figures, *states)
@@ -97,13 +95,12 @@ class Sampler:
 
     def steer(self, h, kept):
         """kept logits (B, n_vocab) -> u (B, n_embd), the controlled logits, and the KL (B,) between."""
-        u = torch.zeros_like(h, dtype=torch.float32) if self.control is None else self.control(h)
-        if self.control is None and self.excitation is None:
+        if self.control is None:
+            u = torch.zeros_like(h, dtype=torch.float32)
             return u, kept, u[:, 0]
-        if self.excitation is not None:
-            u = u + self.nudges.index_select(1, self.t)[:, 0]
+        u = self.control(h)
         delta = self.model.unembed(u) / (self.decoding.temperature or 1.0)   # a product of its own:
-        if self.control is not None and self.control.max_kl < math.inf:      # h + u would round u away
+        if self.control.max_kl < math.inf:                                   # h + u would round u away
             scale = kl_ball(kept, delta, self.control.max_kl)[:, None]
             u, delta = scale * u, scale * delta
         controlled = kept + delta
@@ -113,7 +110,7 @@ class Sampler:
         for name, column in columns.items():
             getattr(self.out, name).index_copy_(1, t, column[:, None])
 
-    def begin(self, prompts, uniforms, generator):
+    def begin(self, prompts, uniforms):
         """Forget the last texts, read the prompts [[token, ..], ..] and stand at their last state."""
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         padded = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
@@ -124,11 +121,6 @@ class Sampler:
             buffer.zero_()
         self.alive.fill_(True)
         self.uniforms.copy_(uniforms)
-        if self.excitation is not None:                        # Gaussian, its amplitude drawn per state
-            shape = self.nudges.shape
-            amplitude = torch.rand(*shape[:2], 1, generator=generator)
-            noise = amplitude * torch.randn(shape, generator=generator)
-            self.nudges.copy_(noise.to(device) * self.excitation)
         self.cache.span = 0
         lengths = lengths.to(device)
         hidden = self.model(padded.to(device), self.cache, lengths)               # (B, T, n_embd)
@@ -154,9 +146,9 @@ class Sampler:
             self.step()
         return graph.replay
 
-    def run(self, prompts, uniforms, generator=None, watch=None):
+    def run(self, prompts, uniforms, watch=None):
         """Draw the texts. `watch(tokens)` sees each column of tokens as it is drawn."""
-        self.begin(prompts, uniforms, generator)
+        self.begin(prompts, uniforms)
         for t in range(uniforms.size(1)):
             self.next()
             if watch:
@@ -196,26 +188,25 @@ def uniform_table(samples, n_tokens, seed):
 
 
 @torch.no_grad()
-def generate(model, prompts, uniforms, decoding=None, control=None, record=False, excitation=None,
-             batch=256, seed=0, watch=None, progress=None):
+def generate(model, prompts, uniforms, decoding=None, control=None, record=False, batch=256,
+             watch=None, progress=None):
     """
     prompts [[token, ..], ..], one a sample, and uniforms (N, T) -> a Rollout of N texts.
 
-    `record` keeps states and psi for training; `excitation` (n_embd,) is the largest standard
-    deviation of a random control added while rolling out. Done in batches of `batch` texts.
+    `record` keeps states and psi for training. Done in batches of `batch` texts.
     """
     decoding, (samples, n_tokens) = decoding or Decoding(), uniforms.shape
     longest = max(map(len, prompts))
     if longest + n_tokens > model.config.n_positions:
         raise InputError(f"a prompt of {longest} tokens and {n_tokens} more go past the model's context of "
                          f"{model.config.n_positions}; shorten the prompt or --tokens")
-    generator, parts, sampler = torch.Generator().manual_seed(seed), [], None
+    parts, sampler = [], None
     for start in range(0, samples, batch):
         rows = slice(start, min(start + batch, samples))
         if sampler is None or len(sampler.alive) != rows.stop - rows.start:
             sampler = Sampler(model, rows.stop - rows.start, longest + n_tokens, n_tokens, decoding,
-                              control, record, excitation)
-        parts.append(sampler.run(prompts[rows], uniforms[rows], generator, watch))
+                              control, record)
+        parts.append(sampler.run(prompts[rows], uniforms[rows], watch))
         if progress:
             progress(rows.stop, samples)
     return Rollout(*(torch.cat(columns) for columns in zip(*(vars(part).values() for part in parts))))
@@ -338,7 +329,8 @@ class Parser(argparse.ArgumentParser):
     def add_control(self):
         add = self.add_argument
         add("--steps", type=at_least(0), default=1, help="of gradient ascent on V, a token")
-        add("--step-size", type=at_least(0, float), default=1.5, help="of each, in reward per (state / std)^2")
+        add("--step-size", type=at_least(0, float), help="of each (default: what costs half a nat a text on V's "
+                                                         "own training rollouts, saved with V)")
         add("--radius", type=at_least(0, float), default=1.0, help="of the ball around the state; 1: the typical "
                                                                    "distance of a state from the mean")
         add("--max-kl", type=at_least(0, float), default=math.inf, help="budget of the control, nats a token")
@@ -425,7 +417,8 @@ def main(argv=None):
         raise InputError(f"--top-k {args.top_k}: choose 1 to {model.config.n_vocab}, the size of the vocabulary")
     value = ValueNet.load(args.value, model)
     reward = load_reward(args.reward or value.info["reward"])
-    control = Controller(value, args.steps, args.sign * args.step_size, args.radius, args.max_kl)
+    step_size = value.info["step_size"] / max(args.steps, 1) if args.step_size is None else args.step_size
+    control = Controller(value, args.steps, args.sign * step_size, args.radius, args.max_kl)
     decoding = Decoding(args.temperature, args.top_k, args.top_p)
     print(f"{args.value}: method {value.info['method']}, reward {value.info['reward']}; control: {args.steps} "
           f"steps of {control.step_size:g}, radius {args.radius:g}, at most {args.max_kl:g} nats a token")

@@ -13,16 +13,19 @@ Source: "Aligning Large Language Models with Representation Editing: A Control P
     psi     W[y_t] - E_p[W], p the distribution y_t was drawn from; E[psi]=0  (B, T, n_embd)
 
 The half of the equation the paper leaves out. Control acts only on the draw, p_u(y) ~ exp(w_y.(h+u)),
-so to first order all it can change is which token is drawn. Values alone leave dV/dh free in every
-direction the data does not span, and ascent goes exactly there. `q_values` closes that gap:
+so all it can change is which token comes next. Values alone leave dV/dh free in every direction the
+data does not span, and ascent goes exactly there. So V's gradient is trained too, through
 
-    Q(h, y) = V(h) + dV/dx . psi_x                   psi_x = std * psi, x = (h - mean) / std
+    Q(h, y) = V(h) + gain * dV/dx . psi_x            psi_x = std * psi, x = (h - mean) / std
 
-is one Bellman equation for states *and* tokens, and its KL-optimal policy, p(y) exp(Q(h, y) / beta),
-is exactly softmax(W (h + u)) with u_x = dV/dx / beta: one gradient step of size 1 / beta.
+the value of drawing y: one Bellman equation for states and tokens, Q(h_t, y_t) = E[V(h_{t+1})]. Its
+KL-optimal policy, p(y) exp(Q(h, y) / beta), is exactly softmax(W (h + u)) with u_x = gain / beta dV/dx:
+one gradient step. `gain` is the exchange rate of two unlike moves: the states of a text wander far
+for every reward gained, one token's psi is short. At gain 1 the values win and the gradient fits
+their wandering; at 5 it fits the draws as well. gain 0 is values alone.
 
 Deviations from the paper: TD(lambda) instead of one step; Q instead of V in the loss; standardised
-states. All three are switched off by `train_value.py --method paper`.
+states. `train_value.py --method paper` switches all three off.
 But: V reads one state, not the text; what the state does not hold, V cannot know.
 """
 import importlib.util
@@ -66,12 +69,12 @@ class ValueNet(nn.Module):
         """hidden (..., n_embd) -> dV/dx = std * dV/dh (..., n_embd), in closed form."""
         return self.slope(self.preactivation(hidden)) @ self.w1
 
-    def q_values(self, hidden, psi):
-        """hidden, psi (..., n_embd) -> V(h), Q(h, y) = V(h) + dV/dx . psi_x, each (...)"""
+    def q_values(self, hidden, psi, gain=1.0):
+        """hidden, psi (..., n_embd) -> V(h), Q(h, y) = V(h) + gain * dV/dx . psi_x, each (...)"""
         z = self.preactivation(hidden)
         value = z.tanh() @ self.w2 + self.b2
         advantage = (self.slope(z) * ((self.std * psi) @ self.w1.T)).sum(-1)      # (..., width) -> (...)
-        return value, value + advantage
+        return value, value + gain * advantage
 
     def save(self, path, **info):
         """Write a .safetensors that carries its configuration; whole or not at all."""
@@ -128,13 +131,9 @@ def bellman_targets(values, rewards, mask, lam):
     return targets
 
 
-def value_loss(value, hidden, psi, rewards, mask, lam, form):
-    """
-    Mean squared Bellman error over the real states, a scalar.
-
-    form "q" fits Q(h_t, y_t), form "v" V(h_t) alone, both to the same targets.
-    """
-    v, q = value.q_values(hidden, psi) if form == "q" else (value(hidden),) * 2
+def value_loss(value, hidden, psi, rewards, mask, lam, gain):
+    """Mean squared error of Q(h_t, y_t) to the TD(lambda) targets over the real states, a scalar."""
+    v, q = value.q_values(hidden, psi, gain)
     targets = bellman_targets(v.detach(), rewards, mask, lam)
     return ((q - targets)[mask] ** 2).mean()
 

@@ -1,0 +1,92 @@
+"""
+Ours beside `plain` and `paper`: reward against KL, on texts that no setting was chosen on.
+
+    python tests/compare.py                                  # the tiny model, beside the exact optimum
+    python tests/compare.py --model path/to/imdb-mini --prompts train.txt --test tests/openings.txt
+
+One set of rollouts trains all three value nets. Each net's step sizes are those that its training
+rollouts predict to cost the budgets of --kl (control.step_for_kl), so nothing is tuned on the test
+prompts. The texts of all rows are drawn with the same uniforms: gains are paired differences.
+
+    gain      mean reward less the uncontrolled texts', with its standard error, clustered by opening
+    KL        of the controlled from the uncontrolled distribution, summed over a text, nats
+    ppl       perplexity of the continuations under the uncontrolled model
+    share     gain over that of the exact KL-optimal controller at the same KL (the tiny model only)
+    R^2       of V against the exact value, over the states of texts not trained on (the same)
+"""
+import math
+import sys
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+import sample                                                                         # noqa: E402
+from control import Controller, step_for_kl                                           # noqa: E402
+from exact import Exact                                                               # noqa: E402
+from train_value import METHODS, roll_out, train                                      # noqa: E402
+from value import load_reward                                                         # noqa: E402
+
+
+def parse_args(argv):
+    parser = sample.Parser(__doc__)
+    add = parser.add_argument
+    add("--test", metavar="FILE", help="prompts to report on (default: those of the rollouts, other draws)")
+    add("--reward", default="sentiment", help="sentiment or path/to/file.py:function")
+    add("--rollouts", type=sample.at_least(16), default=4000, help="texts to learn from")
+    add("--samples", type=sample.at_least(2), default=4000, help="texts a test prompt and row")
+    add("--kl", default="0.1,0.3,0.8", help="budgets aimed at, nats a text")
+    add("--methods", default=",".join(METHODS), help="which of " + ", ".join(METHODS))
+    add("--test-seed", type=sample.at_least(0), default=1000, help="of the draws reported on")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    reward = load_reward(args.reward)
+    model, encoder, _, prompts = sample.load(args)
+    tests = sample.encode_prompts(model, encoder, sample.read_prompts(args.test)) if args.test else prompts
+    how = dict(batch=args.batch)
+    rollout, rewards, _ = roll_out(model, encoder, reward, prompts, args.rollouts, args.tokens, args.seed,
+                                   record=True, progress=sample.progress("rollouts"), **how)
+    toy = (Path(args.model) / "grammar.py").is_file()
+
+    def rows(label, control=None, record=False):
+        drawn, scores, _ = roll_out(model, encoder, reward, tests, args.samples * len(tests), args.tokens,
+                                    args.test_seed, control=control, record=record,
+                                    progress=sample.progress(label), **how)
+        return drawn, scores
+
+    base, earned = rows("uncontrolled", record=toy)
+    clusters = None if toy else [i % len(tests) for i in range(len(earned))]
+    exact = Exact(model, encoder, tests, base, args.tokens) if toy else None
+    print(f"{len(tests)} openings x {args.samples} samples a row, {args.rollouts} rollouts of {args.tokens} "
+          f"tokens, seeds {args.seed} and {args.test_seed}\n")
+    print("method        step     KL  reward  gain" + " " * 16 + "ppl  distinct-1/2/3" + "   share" * toy)
+    print(line("uncontrolled", math.nan, sample.figures(base, earned, clusters), None), flush=True)
+    fits = []
+    for method in args.methods.split(","):
+        lam, gain, standardised = METHODS[method]
+        value = train(rollout, rewards, lam, gain, standardised, seed=args.seed)
+        fits.append(f"{method} {exact.r_squared(value, base):.4f}" if toy else "")
+        for nats in map(float, args.kl.split(",")):
+            step = step_for_kl(value, rollout.hidden, rollout.psi, rollout.mask, nats)
+            radius = math.inf if method == "paper" else 1.0
+            drawn, scores = rows(f"{method} {nats}", Controller(value, step_size=step, radius=radius))
+            found = sample.figures(drawn, scores, clusters)
+            gained = sample.mean_error(scores - earned, clusters)
+            print(line(method, step, found, gained) + (exact.share(found["kl_text"], *gained) if toy else ""),
+                  flush=True)
+    if toy:
+        print("\nR^2 of V against the exact value:  " + "   ".join(fits))
+
+
+def line(label, step, f, gained):
+    shown = f"{gained[0]:+.3f} +- {gained[1]:.3f}" if gained else ""
+    return (f"{label:12}{step:6.2f}{f['kl_text']:7.3f}{f['reward']:8.3f}  {shown:18}{f['perplexity']:6.2f}  "
+            + "/".join(f"{f[f'distinct_{n}']:.3f}" for n in (1, 2, 3)))
+
+
+if __name__ == "__main__":
+    sample.run(main)

@@ -1,0 +1,89 @@
+"""
+The tiny model beside its language's exact solution (tests/toy/grammar.py).
+
+The chain solved here has the model's *own* probabilities, averaged over the grammar's states on
+texts it has drawn: what the model got slightly wrong is then no error of V or of the control.
+"""
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent / "toy"))
+import grammar                                                                        # noqa: E402
+
+BETAS = [40, 30, 20, 16, 12, 10, 8, 6, 5, 4, 3.5, 3, 2.5, 2, 1.75, 1.5, 1.25, 1.1, 1, .9, .8, .7, .6, .5, .4, .3]
+ENOUGH = 20      # visits before a state's average is trusted; rarer states keep the grammar's own
+
+
+class Exact:
+    def __init__(self, model, encoder, prompts, rollout, n_tokens):
+        """`rollout`: uncontrolled texts with states recorded, the prompts taken in turn."""
+        self.spelling = [encoder.decode_single_token_bytes(i).decode(errors="replace")
+                         for i in range(model.config.n_vocab)]
+        self.n_tokens = n_tokens
+        self.states, self.where, parsed = [], [], 0
+        for i, (tokens, mask) in enumerate(zip(rollout.tokens.tolist(), rollout.mask)):
+            prompt = prompts[i % len(prompts)][1:]
+            path = grammar.parse([self.spelling[t] for t in prompt + tokens[:int(mask.sum())]])
+            if path is not None:
+                parsed += 1
+                self.states += path[len(prompt):-1]
+                self.where += [(i, t) for t in range(int(mask.sum()))]
+        self.grammatical = parsed / len(rollout.tokens)
+        self.chain = grammar.Chain(self.tabulate(model, rollout))
+        starts = [grammar.parse([self.spelling[t] for t in prompt[1:]])[-1] for prompt in prompts]
+        self.start = starts[0]
+        if any(start != self.start for start in starts):
+            raise ValueError("the exact optimum is computed for prompts that end in one grammar state")
+        self.value = self.chain.value(self.start, n_tokens)
+        points = sorted(self.chain.frontier(self.start, n_tokens, beta) for beta in BETAS)
+        self.kl = torch.tensor([0.0] + [kl for kl, _ in points], dtype=torch.float64)
+        self.gain = torch.tensor([0.0] + [reward - self.value for _, reward in points], dtype=torch.float64)
+
+    def tabulate(self, model, rollout):
+        """-> transitions(state) of the model: its next-token probabilities, averaged state by state."""
+        total, visits = defaultdict(float), defaultdict(int)
+        rows, columns = zip(*self.where)
+        for states, hidden in zip(chunks(self.states, 4096), rollout.hidden[rows, columns].split(4096)):
+            probs = model.unembed(hidden).softmax(-1).double().cpu().numpy()
+            for state, p in zip(states, probs):
+                total[state] += p
+                visits[state] += 1
+        index = {spelling: i for i, spelling in enumerate(self.spelling)}
+        table = {}
+
+        def transitions(state):
+            if visits.get(state, 0) < ENOUGH:
+                return grammar.Chain.grammar(state)
+            if state not in table:
+                following = defaultdict(float)
+                for _, token, after in grammar.choices(state):
+                    following[after] += total[state][index[token]]
+                mass = sum(following.values())
+                table[state] = {after: p / mass for after, p in following.items()}
+            return table[state]
+        return transitions
+
+    def r_squared(self, value, rollout):
+        """1 - squared error of V to the exact value over its variance, over all recorded states."""
+        rows, columns = zip(*self.where)
+        truth = torch.tensor([self.chain.value(state, self.n_tokens - t)
+                              for state, t in zip(self.states, columns)])
+        error = value(rollout.hidden[rows, columns]).cpu() - truth
+        return 1 - (error.square().mean() / truth.var(correction=0)).item()
+
+    def best(self, kl):
+        """The largest gain in reward at this KL, interpolated on the frontier (which is concave)."""
+        i = int(torch.searchsorted(self.kl, kl).clamp(1, len(self.kl) - 1))
+        weight = (kl - self.kl[i - 1]) / (self.kl[i] - self.kl[i - 1])
+        return (self.gain[i - 1] + weight.clamp(max=1) * (self.gain[i] - self.gain[i - 1])).item()
+
+    def share(self, kl, gain, error):
+        best = self.best(kl)
+        return f"   {gain / best:.3f} +- {error / best:.3f}"
+
+
+def chunks(rows, size):
+    return [rows[i:i + size] for i in range(0, len(rows), size)]

@@ -1,0 +1,270 @@
+"""
+The sampler against slow ways to the same: a full forward pass without a cache, each row alone, sets
+of tokens found by brute force, KL by torch.distributions. On the tiny model of tests/toy.
+
+    python -m pytest tests/test_sampler.py     the CUDA test skips where there is no GPU
+"""
+import math
+
+import pytest
+import torch
+from torch.distributions import Categorical, kl_divergence as reference_kl
+
+from conftest import ROOT
+from control import Controller, step_for_kl
+from model import GPT, InputError, load_tokenizer
+from sample import (Decoding, decode, distinct, draw, encode_prompts, generate, mean_error, truncate,
+                    uniform_table)
+from test_value import random_net
+
+TOY = ROOT / "tests" / "toy"
+EOS = 286
+PROMPTS = ["the", "this music was very warm", "the plot seemed dull and", "this cast"] * 3
+HOWS = {"plain": (Decoding(), False), "cool": (Decoding(0.7), False), "top": (Decoding(1, 12, 0.9), False),
+        "controlled": (Decoding(), True), "controlled, top": (Decoding(0.8, 20, 0.95), True)}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return GPT.from_pretrained(TOY)
+
+
+@pytest.fixture(scope="module")
+def rows(model):
+    return encode_prompts(model, load_tokenizer(TOY), PROMPTS)
+
+
+def strong_control(max_kl=math.inf, radius=1.0):
+    """Any V will do here; this one moves the state far enough to change most texts."""
+    value = random_net(3, 64, 8).requires_grad_(False)
+    return Controller(value, steps=2, step_size=10.0, radius=radius, max_kl=max_kl)
+
+
+def rolled(model, rows, how="controlled", tokens=16, seed=1, control=None, **more):
+    decoding, controlled = HOWS[how]
+    control = control or (strong_control() if controlled else None)
+    return generate(model, rows, uniform_table(len(rows), tokens, seed), decoding, control, **more)
+
+
+def texts(rollout):
+    return [row[real].tolist() for row, real in zip(rollout.tokens, rollout.mask)]
+
+
+def full_states(model, rows, rollout):
+    """For each row the uncontrolled states (L, n_embd) its tokens were drawn after, by one pass."""
+    return [model(torch.tensor([row + tokens[:-1]]))[0, len(row) - 1:]
+            for row, tokens in zip(rows, texts(rollout))]
+
+
+def truncated(logits, decoding):
+    """One row of logits, by brute force: rank the tokens, then keep them one at a time."""
+    logits = logits / decoding.temperature
+    ranked = sorted(range(len(logits)), key=lambda token: -logits[token].item())
+    ranked = ranked[:decoding.top_k]
+    probs, mass, kept = logits[ranked].softmax(-1).tolist(), 0.0, []
+    for token, prob in zip(ranked, probs):
+        if mass >= decoding.top_p < 1:
+            break
+        kept.append(token)
+        mass += prob
+    return torch.tensor([x if i in kept else -torch.inf for i, x in enumerate(logits.tolist())])
+
+
+# -------------------------------------------------------------------------------- draw and truncate
+
+TOP = 1 - 2.0 ** -24       # the largest float32 below 1
+
+
+@pytest.mark.parametrize("probs, uniform, token", [
+    ([0.25, 0.5, 0.25], 0.0, 0), ([0.25, 0.5, 0.25], 0.2499, 0), ([0.25, 0.5, 0.25], 0.25, 1),
+    ([0.25, 0.5, 0.25], 0.7499, 1), ([0.25, 0.5, 0.25], 0.75, 2), ([0.25, 0.5, 0.25], TOP, 2),
+    ([0.0, 0.0, 0.5, 0.5, 0.0], 0.0, 2), ([0.0, 0.0, 0.5, 0.5, 0.0], TOP, 3),
+    ([0.5, 0.0, 0.5], 0.5, 2), ([0.0, 1.0, 0.0], 0.0, 1), ([0.0, 1.0, 0.0], TOP, 1),
+    ([0.0, 0.1, 0.3, 0.0], TOP, 2), ([2.0, 6.0], 0.2499, 0), ([2.0, 6.0], 0.25, 1)])
+def test_draw_by_hand(probs, uniform, token):
+    assert draw(torch.tensor([probs]), torch.tensor([[uniform]])).tolist() == [token]
+
+
+def test_no_uniform_draws_a_token_without_probability():
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(500, 1000)
+    logits[:, :100] = logits[:, -100:] = logits[:, 400:500] = -torch.inf
+    probs = logits.softmax(-1)
+    for uniform in (0.0, 0.5, TOP):
+        token = draw(probs, torch.full((500, 1), uniform))
+        assert (probs.gather(1, token[:, None]) > 0).all()
+
+
+def test_frequencies_on_a_grid_are_the_probabilities():
+    probs = torch.tensor([0.5, 0.0, 0.125, 0.25, 0.0625, 0.0625, 0.0])
+    grid = (torch.arange(1024)[:, None] + 0.5) / 1024
+    counts = draw(probs.expand(1024, 7), grid).bincount(minlength=7)
+    assert counts.tolist() == (1024 * probs).tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("top_k, top_p", [(None, 1.0), (1, 1.0), (5, 1.0), (40, 1.0), (None, 0.9),
+                                          (None, 0.5), (None, 1e-6), (20, 0.8), (3, 0.99)])
+def test_truncate_equals_brute_force(temperature, top_k, top_p):
+    torch.manual_seed(0)
+    logits, decoding = 2 * torch.randn(20, 40), Decoding(temperature, top_k, top_p)
+    expected = torch.stack([truncated(row, decoding) for row in logits])
+    assert torch.allclose(truncate(logits, decoding), expected, rtol=1e-6)
+
+
+# ------------------------------------------------------------------------------ texts and their ends
+
+def test_radius_0_is_plain_sampling_bit_by_bit(model, rows):
+    still = rolled(model, rows, control=strong_control(radius=0.0), record=True)
+    plain = rolled(model, rows, "plain", record=True)
+    for name in ("tokens", "mask", "logp", "kl", "hidden", "psi"):
+        assert torch.equal(getattr(still, name), getattr(plain, name)), name
+    assert texts(rolled(model, rows)) != texts(plain)         # at radius 1 it is not
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_a_batch_equals_its_rows_one_by_one(model, rows, how):
+    together, control = rolled(model, rows, how, record=True), HOWS[how][1]
+    for batch in (1, 5):
+        alone = rolled(model, rows, how, record=True, batch=batch)
+        assert texts(alone) == texts(together)
+        mask = together.mask
+        assert torch.allclose(alone.hidden[mask], together.hidden[mask], atol=1e-4)
+        assert torch.allclose(alone.kl[mask], together.kl[mask], atol=1e-4)
+    assert control == (together.kl[mask].max() > 0.1)
+
+
+def test_the_seed_makes_the_text(model, rows):
+    assert texts(rolled(model, rows)) == texts(rolled(model, rows))
+    assert texts(rolled(model, rows)) != texts(rolled(model, rows, seed=2))
+    assert torch.equal(uniform_table(3, 5, 7), uniform_table(3, 5, 7))
+    table = uniform_table(400, 50, 0)
+    assert 0 <= table.min() and table.max() < 1 and abs(table.mean() - 0.5) < 0.01
+
+
+@pytest.mark.parametrize("tokens", [1, 11])
+def test_a_text_ends_with_its_first_end_of_text(model, rows, tokens):
+    rollout, encoder = rolled(model, rows, "plain", tokens=tokens), load_tokenizer(TOY)
+    ended = 0
+    for row, mask in zip(rollout.tokens.tolist(), rollout.mask):
+        length = row.index(EOS) + 1 if EOS in row else tokens
+        ended += EOS in row
+        assert mask.tolist() == [True] * length + [False] * (tokens - length)
+    assert (0 < ended < len(rows)) == (tokens == 11)
+    for prompt, text, whole in zip(PROMPTS, texts(rollout), decode(encoder, rows, rollout, EOS)):
+        assert whole == prompt + encoder.decode([t for t in text if t != EOS])
+
+
+def test_texts_do_not_depend_on_the_cut(model, rows):
+    short, long = (rolled(model, rows, "plain") for _ in range(2))
+    uniforms = uniform_table(len(rows), 16, 1)
+    short = generate(model, rows, uniforms[:, :6])
+    assert [text[:6] for text in texts(long)] == texts(short)
+
+
+def test_what_does_not_fit_is_refused(model, rows):
+    with pytest.raises(InputError, match="context of 64"):
+        generate(model, rows, torch.rand(len(rows), 64))
+    assert generate(model, [rows[0]], torch.rand(1, 62)).tokens.shape == (1, 62)
+
+
+# ---------------------------------------------------------------------------------- what is recorded
+
+@pytest.mark.parametrize("how", HOWS)
+def test_recorded_figures_equal_a_full_pass(model, rows, how):
+    decoding, control = HOWS[how][0], strong_control() if HOWS[how][1] else None
+    rollout, uniforms = rolled(model, rows, how, record=True), uniform_table(len(rows), 16, 1)
+    W = model.wte.weight
+    for i, (h, tokens) in enumerate(zip(full_states(model, rows, rollout), texts(rollout))):
+        steps, y = range(len(tokens)), torch.tensor(tokens)
+        u = control(h) if control else torch.zeros_like(h)
+        kept = torch.stack([truncated(W @ state, decoding) for state in h])  # (L, n_vocab)
+        p = Categorical(logits=kept.double())
+        q = Categorical(logits=(kept + u @ W.T / decoding.temperature).double())
+        assert torch.allclose(rollout.hidden[i, steps], h + u, atol=1e-4)
+        assert torch.allclose(rollout.psi[i, steps], W[y] - q.probs.float() @ W, atol=1e-4)
+        assert torch.equal(draw(q.probs, uniforms[i, :len(tokens), None]), y)
+        assert torch.allclose(rollout.kl[i, steps].double(), reference_kl(q, p), atol=1e-4)
+        logp = (h @ W.T).log_softmax(-1)[steps, y]            # at temperature 1, whatever was kept
+        assert torch.allclose(rollout.logp[i, steps], logp, atol=1e-4)
+        if control:
+            assert torch.allclose(rollout.before[i, steps], control.value(h), atol=1e-4)
+            assert torch.allclose(rollout.after[i, steps], control.value(h + u), atol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["controlled", "controlled, top"])
+@pytest.mark.parametrize("max_kl", [0.003, 0.1])
+def test_every_step_keeps_the_budget(model, rows, how, max_kl):
+    free = rolled(model, rows, how)
+    assert free.kl[free.mask].max() > 2 * max_kl
+    rollout = rolled(model, rows, how, control=strong_control(max_kl), record=True)
+    decoding, kls = HOWS[how][0], []
+    for i, h in enumerate(full_states(model, rows, rollout)):
+        kept = torch.stack([truncated(model.unembed(state), decoding) for state in h])
+        moved = model.unembed(rollout.hidden[i, :len(h)] - h) / decoding.temperature
+        kls.append(reference_kl(*(Categorical(logits=x.double()) for x in (kept + moved, kept))))
+    kls = torch.cat(kls)
+    assert kls.max() <= 1.005 * max_kl and kls.max() >= 0.97 * max_kl       # states differ by 1e-6
+    assert torch.allclose(rollout.kl[rollout.mask].double(), kls, atol=1e-5, rtol=0.01)
+
+
+@pytest.mark.parametrize("nats", [0.001, 0.02])
+def test_the_step_for_a_kl_costs_that_kl(model, rows, nats):
+    rollout = rolled(model, 50 * rows, "plain", record=True)
+    control = strong_control(radius=100.0)
+    control.steps = 1
+    control.step_size = step_for_kl(control.value, rollout.hidden, rollout.psi, rollout.mask, nats)
+    cost = rolled(model, 50 * rows, control=control)
+    assert ((cost.kl * cost.mask).sum(1).mean() / nats - 1).abs() < 0.15     # 600 texts
+
+
+@pytest.mark.parametrize("controlled", [False, True])
+def test_temperature_0_is_the_argmax_loop(model, rows, controlled):
+    control = strong_control() if controlled else None
+    rollout = generate(model, rows, torch.rand(len(rows), 16), Decoding(0.0), control)
+    for row, drawn in zip(rows, texts(rollout)):
+        text = list(row)
+        while len(text) < len(row) + 16 and (len(text) == len(row) or text[-1] != EOS):
+            h = model(torch.tensor([text]))[:, -1]
+            text.append(model.unembed(h + control(h) if control else h).argmax().item())
+        assert text == row + drawn
+
+
+# ------------------------------------------------------------------------------------------- figures
+
+def test_mean_error_by_hand():
+    assert mean_error([1, 2, 3, 6]) == pytest.approx((3, math.sqrt(14 / 3 / 4)))
+    # Residuals -2 -1 0 3; of two clusters -3 and 3: sqrt(9 + 9) / 4 * sqrt(2 / 1).
+    assert mean_error([1, 2, 3, 6], [0, 0, 1, 1]) == pytest.approx((3, 1.5))
+    assert mean_error([1, 2, 3, 6], [5, 5, 2, 2]) == pytest.approx((3, 1.5))
+    assert mean_error([1, 1, 3, 3, 8, 8], [0, 0, 1, 1, 2, 2])[1] == pytest.approx(
+        mean_error([1, 3, 8])[1])              # copies of a text say nothing new
+    for alone in (mean_error([2.0]), mean_error([1.0, 3.0], [0, 0])):
+        assert alone[0] == 2 and math.isnan(alone[1])
+
+
+def test_distinct_by_hand(model, rows):
+    rollout = rolled(model, rows[:2], "plain", tokens=4)
+    rollout.tokens = torch.tensor([[1, 2, 1, 2], [1, 2, 9, 9]])
+    rollout.mask = torch.tensor([[True] * 4, [True, True, False, False]])
+    assert distinct(rollout, 1) == pytest.approx(2 / 6)
+    assert distinct(rollout, 2) == pytest.approx(2 / 4)       # 12 21 12, 12
+    assert distinct(rollout, 3) == pytest.approx(2 / 2)
+
+
+# ---------------------------------------------------------------------------------------------- CUDA
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("how", HOWS)
+def test_cuda_graph_draws_the_cpu_s_tokens(model, rows, how):
+    on_gpu, control = GPT.from_pretrained(TOY, "cuda"), None
+    if HOWS[how][1]:
+        control = strong_control()
+        control.value.to("cuda")
+    expected = rolled(model, rows, how, record=True)
+    for batch in (256, 5):                     # 5: graphs of two shapes, one of them replayed twice
+        drawn = rolled(on_gpu, rows, how, control=control, record=True, batch=batch)
+        assert [row[real].tolist() for row, real in zip(drawn.tokens, drawn.mask)] == texts(expected)
+        mask = expected.mask
+        assert (drawn.kl.cpu() - expected.kl)[mask].abs().max() < 1e-3
+        assert (drawn.hidden.cpu() - expected.hidden)[mask].abs().max() < 1e-3

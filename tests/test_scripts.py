@@ -1,0 +1,334 @@
+"""
+The two scripts end to end on the tiny model, in a folder of their own: what they print and write,
+what they refuse (one line, exit code 2, no file left), and what an interrupt leaves behind.
+
+    python -m pytest tests/test_scripts.py     without ../shared one test skips
+"""
+import gzip
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import model as model_module
+import sample
+import train_value
+from conftest import ROOT
+from test_model import SHARED, write_checkpoint
+from value import sentiment
+
+TOY = ROOT / "tests" / "toy"
+HH = SHARED / "hh-rlhf" / "harmless-base-test.jsonl.gz"
+TRAIN = ["--model", str(TOY), "--rollouts", "64", "--held-out", "32", "--epochs", "1",
+         "--tokens", "8", "--device", "cpu"]
+SAMPLE = ["--model", str(TOY), "--samples", "2", "--tokens", "8", "--device", "cpu"]
+STRONG = ["--step-size", "50"]       # V of 64 rollouts knows little; this changes the texts anyway
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A value net of 64 rollouts."""
+    path = tmp_path_factory.mktemp("trained") / "value.safetensors"
+    train_value.main([*TRAIN, "--out", str(path)])
+    return path.read_bytes()
+
+
+@pytest.fixture
+def here(trained, tmp_path, monkeypatch):
+    """A folder to work in, with the value net where sample.py looks for it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "value.safetensors").write_bytes(trained)
+    return tmp_path
+
+
+def files(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def written(name="texts.json"):
+    with open(name, encoding="utf-8") as file:
+        return json.load(file)
+
+
+def texts(run, label="controlled"):
+    return [entry["text"] for entry in run[label]["texts"]]
+
+
+# ------------------------------------------------------------------------------------ what they do
+
+def test_train_value_writes_a_value_net(trained, here, capsys):
+    train_value.main([*TRAIN, "--out", "new/folder/value.safetensors"])
+    out = capsys.readouterr().out
+    assert (here / "new/folder/value.safetensors").read_bytes() == trained   # the same seed
+    for words in ("epoch  1", "held-out texts", "correlation", "calibration", "peak memory"):
+        assert words in out
+    assert sorted(files(here)) == ["new/folder/value.safetensors", "out/value.safetensors"]
+    train_value.main([*TRAIN, "--seed", "1"])
+    assert (here / "out/value.safetensors").read_bytes() != trained
+
+
+@pytest.mark.parametrize("method", train_value.METHODS)
+def test_every_method_trains_and_steers(method, here, capsys):
+    train_value.main([*TRAIN, "--method", method, "--reward", "sentiment"])
+    sample.main([*SAMPLE])
+    assert f"method {method}, reward sentiment" in capsys.readouterr().out
+
+
+COLUMNS = (("reward", 3), ("error", 3), ("kl_token", 4), ("kl_text", 3), ("perplexity", 2),
+           ("before", 3), ("after", 3), ("distinct_1", 2), ("distinct_2", 2), ("distinct_3", 2))
+
+
+@pytest.mark.parametrize("temperature", ["1", "0"])
+def test_json_holds_what_the_table_shows(temperature, here, capsys):
+    sample.main([*SAMPLE, *STRONG, "--samples", "5", "--json", "texts.json",
+                 "--temperature", temperature])
+    out, run = capsys.readouterr().out, written()
+    assert run["settings"]["samples"] == 5 and run["settings"]["temperature"] == float(temperature)
+    for label in ("uncontrolled", "controlled"):
+        figures, entries = run[label]["figures"], run[label]["texts"]
+        line, = re.findall(rf"^{label} .*\+-.*$", out, re.M)                 # its row of the table
+        cells = re.findall(r"-?\d+\.\d+|n/a|nan", line)
+        assert len(cells) == len(COLUMNS)
+        for cell, (name, digits) in zip(cells, COLUMNS):
+            shown = figures[name]
+            assert cell == ("n/a" if shown is None else f"{shown:.{digits}f}"), name
+        assert [entry["prompt"] for entry in entries] == ["the"] * 5 + ["this"] * 5
+        assert all(entry["text"].startswith(entry["prompt"]) for entry in entries)
+        assert [entry["reward"] for entry in entries] == sentiment(texts(run, label))
+        assert figures["reward"] == pytest.approx(sum(e["reward"] for e in entries) / 10)
+        if temperature == "1":
+            assert figures["kl_text"] == pytest.approx(sum(e["kl"] for e in entries) / 10)
+            assert (figures["kl_text"] > 0) == (label == "controlled")
+        else:                                                                # KL is not defined
+            assert figures["kl_text"] is None and {e["kl"] for e in entries} == {None}
+
+
+def test_radius_0_gives_equal_texts(here):
+    sample.main([*SAMPLE, *STRONG, "--radius", "0", "--json", "texts.json"])
+    still = written()
+    assert texts(still) == texts(still, "uncontrolled")
+    assert still["controlled"]["figures"]["kl_text"] == 0
+    sample.main([*SAMPLE, *STRONG, "--only", "--json", "texts.json"])
+    assert "uncontrolled" not in written() and texts(written()) != texts(still)
+
+
+def test_the_sign_turns_v_around(here):
+    moved = {}
+    for sign in ("1", "-1"):
+        sample.main([*SAMPLE, *STRONG, "--sign", sign, "--radius", "0.1", "--json", "texts.json"])
+        figures = written()["controlled"]["figures"]
+        moved[sign] = figures["after"] - figures["before"]
+    assert moved["1"] > 0 > moved["-1"]
+
+
+def test_one_text_is_streamed(here, capsys):
+    sample.main([*SAMPLE, "--prompt", "the plot", "--samples", "1", "--json", "texts.json"])
+    out, run = capsys.readouterr().out, written()
+    for label in ("uncontrolled", "controlled"):
+        assert f"\n{label}: {texts(run, label)[0]}\n" in out
+
+
+def test_a_reward_of_ones_own(here):
+    (here / "mine.py").write_text("def reward(texts): return [len(text) for text in texts]\n")
+    train_value.main([*TRAIN, "--reward", "mine.py:reward"])
+    sample.main([*SAMPLE, "--json", "texts.json"])            # V says which reward it was trained on
+    assert [e["reward"] for e in written()["controlled"]["texts"]] == [*map(len, texts(written()))]
+
+
+# ---------------------------------------------------------------------------------- prompts on file
+
+def test_prompts_of_text_files(here):
+    (here / "some.txt").write_bytes("the plot\r\n\r\n  \nthis café\n".encode())
+    assert sample.read_prompts("some.txt") == ["the plot", "this café"]
+    sample.main([*SAMPLE, "--prompts", "some.txt", "--prompt", "the", "--json", "texts.json"])
+    assert [e["prompt"] for e in written()["controlled"]["texts"]][::2] == ["the", "the plot",
+                                                                           "this café"]
+
+
+def test_prompts_of_dialogues(here):
+    dialogue = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: gold answer"
+    lines = [json.dumps({"chosen": dialogue, "rejected": "no"}), "",
+             json.dumps({"chosen": "\n\nHuman: d\u2028e\n\nAssistant:"}, ensure_ascii=False)]
+    with gzip.open("some.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.write("\n".join(lines) + "\n")
+    (here / "some.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    expected = ["\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:",
+                "\n\nHuman: d\u2028e\n\nAssistant:"]
+    for name in ("some.jsonl.gz", "some.jsonl"):
+        assert sample.read_prompts(name) == expected
+
+
+@pytest.mark.skipif(not HH.is_file(), reason="../shared/hh-rlhf is not there")
+def test_prompts_of_hh_rlhf():
+    prompts = sample.read_prompts(HH)
+    assert len(prompts) == 2312
+    assert all(p.startswith("\n\nHuman:") and p.endswith("\n\nAssistant:") for p in prompts)
+    with gzip.open(HH, "rt", encoding="utf-8") as file:
+        chosen = [json.loads(line)["chosen"] for line in file]
+    assert all("\n\nAssistant:" not in text.removeprefix(p) for p, text in zip(prompts, chosen))
+
+
+# --------------------------------------------------------------------------------- what they refuse
+
+BROKEN = """
+def nan(texts): return [float("nan")] * len(texts)
+def short(texts): return [0.0]
+def raises(texts): raise RuntimeError("first line\\nsecond line")
+"""
+REFUSED = {      # what is wrong -> arguments of both scripts, a word of the message
+    "no model": (["--model", "absent"], "absent"),
+    "model is a file": (["--model", "file"], "file"),
+    "empty prompt": (["--prompt", ""], "empty prompt"),
+    "prompt beyond the context": (["--prompt", "the plot" * 40], "context of 64"),
+    "tokens beyond the context": (["--tokens", "63"], "context of 64"),
+    "prompts absent": (["--prompts", "absent.txt"], "absent.txt"),
+    "prompts a directory": (["--prompts", "folder"], "folder"),
+    "prompts binary": (["--prompts", "binary"], "binary"),
+    "prompts not gzip": (["--prompts", "binary.gz"], "binary.gz"),
+    "prompts empty": (["--prompts", "empty.txt"], "empty.txt"),
+    "line not JSON": (["--prompts", "bad.jsonl"], "bad.jsonl, line 2"),
+    "line no dialogue": (["--prompts", "foreign.jsonl"], "foreign.jsonl, line 1"),
+    "prompt not UTF-8": (["--prompt", "the \udcff plot"], "prompt"),
+    "reward absent": (["--reward", "absent.py:f"], "absent.py:f"),
+    "reward unknown": (["--reward", "joy"], "joy"),
+    "reward without its function": (["--reward", "broken.py:absent"], "broken.py:absent"),
+    "reward nan": (["--reward", "broken.py:nan"], "nan"),
+    "reward too short": (["--reward", "broken.py:short"], "returned 1 scores"),
+    "reward raises": (["--reward", "broken.py:raises"], "RuntimeError"),
+    "no tokens": (["--tokens", "0"], "--tokens"),
+    "tokens no number": (["--tokens", "many"], "--tokens"),
+    "no batch": (["--batch", "0"], "--batch"),
+    "device unknown": (["--device", "nonsense"], "nonsense"),
+    "device absent": (["--device", "cuda"], "no CUDA device"),
+    "option unknown": (["--colour", "red"], "--colour"),
+}
+REFUSED_BY_SAMPLE = {
+    "top-k 0": (["--top-k", "0"], "--top-k"),
+    "top-k above the vocabulary": (["--top-k", "288"], "--top-k"),
+    "top-p 0": (["--top-p", "0"], "--top-p"),
+    "temperature -1": (["--temperature", "-1"], "--temperature"),
+    "temperature nan": (["--temperature", "nan"], "--temperature"),
+    "radius nan": (["--radius", "nan"], "--radius"),
+    "radius -1": (["--radius", "-1"], "--radius"),
+    "step size nan": (["--step-size", "nan"], "--step-size"),
+    "step size infinite": (["--step-size", "inf"], "--step-size"),
+    "max KL -1": (["--max-kl", "-1"], "--max-kl"),
+    "sign 0": (["--sign", "0"], "--sign"),
+    "no samples": (["--samples", "0"], "--samples"),
+    "value absent": (["--value", "absent.safetensors"], "absent.safetensors"),
+    "value cut off": (["--value", "short.safetensors"], "short.safetensors"),
+    "value is the model": (["--value", f"{TOY}/model.safetensors"], "model.safetensors"),
+    "JSON below a file": (["--json", "file/texts.json"], "file/texts.json"),
+    "JSON a directory": (["--json", "folder"], "folder"),
+}
+REFUSED_BY_TRAIN_VALUE = {
+    "lam 2": (["--lam", "2"], "--lam"),
+    "lam -1": (["--lam", "-1"], "--lam"),
+    "lam nan": (["--lam", "nan"], "--lam"),
+    "rollouts 0": (["--rollouts", "0"], "--rollouts"),
+    "rate nan": (["--rate", "nan"], "--rate"),
+    "method unknown": (["--method", "best"], "--method"),
+    "out below a file": (["--out", "file/value.safetensors"], "file/value.safetensors"),
+    "out a directory": (["--out", "folder"], "folder"),
+}
+
+
+@pytest.fixture
+def mess(here, trained, monkeypatch):
+    """The folder, with every wrong file the cases above name."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (here / "folder").mkdir()
+    for name, data in {"file": b"kept", "empty.txt": b" \n\n", "binary": b"\xff\xfe\x00\x80" * 9,
+                       "binary.gz": b"\x1f\x8b\x08\x00\xff", "foreign.jsonl": b'{"prompt": "a"}\n',
+                       "bad.jsonl": b'{"chosen": "\\n\\nHuman: a\\n\\nAssistant: b"}\n{"chosen"\n',
+                       "short.safetensors": trained[:-1], "broken.py": BROKEN.encode()}.items():
+        (here / name).write_bytes(data)
+    return here
+
+
+def refuses(script, argv, word, folder, capsys):
+    before = files(folder)
+    with pytest.raises(SystemExit) as ended:
+        sample.run(lambda: script.main(argv))
+    error = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert error.startswith("error: ") and error.endswith("\n") and error.count("\n") == 1, error
+    assert word in error and "Traceback" not in error
+    assert {n: d for n, d in files(folder).items() if "__pycache__" not in n} == before
+
+
+@pytest.mark.parametrize("case", {**REFUSED, **REFUSED_BY_SAMPLE})
+def test_sample_refuses(case, mess, capsys):
+    argv, word = {**REFUSED, **REFUSED_BY_SAMPLE}[case]
+    refuses(sample, [*SAMPLE, "--json", "texts.json", *argv], word, mess, capsys)
+
+
+@pytest.mark.parametrize("case", {**REFUSED, **REFUSED_BY_TRAIN_VALUE})
+def test_train_value_refuses(case, mess, capsys):
+    argv, word = {**REFUSED, **REFUSED_BY_TRAIN_VALUE}[case]
+    refuses(train_value, [*TRAIN, *argv], word, mess, capsys)
+
+
+def test_sample_refuses_the_value_net_of_another_model(mess, capsys):
+    other = write_checkpoint(mess / "other", vocab_size=287, n_positions=64, bos_token_id=286,
+                             eos_token_id=286, n_embd=64, weights=other_weights())
+    (other / "vocab.json").write_bytes((TOY / "vocab.json").read_bytes())
+    (other / "prompts.txt").write_text("the\n")
+    refuses(sample, [*SAMPLE, "--model", "other"], "another model", mess, capsys)
+
+
+def other_weights():
+    """The tiny model's, one number of them changed."""
+    weights = dict(model_module.read_safetensors(TOY / "model.safetensors"))
+    return {name: tensor + 0.1 * (name == "ln_f.bias") for name, tensor in weights.items()}
+
+
+def test_without_control_nothing_breaks(here):
+    """The extremes that are allowed: no ball, no budget, no steps, one token."""
+    for argv in (["--radius", "inf"], ["--max-kl", "0"], ["--steps", "0"], ["--tokens", "1"],
+                 ["--top-k", "287"], ["--top-k", "1"], ["--temperature", "1e-30"], ["--show", "0"]):
+        sample.main([*SAMPLE, *STRONG, *argv, "--json", "texts.json"])
+        assert all(math.isfinite(e["kl"]) for e in written()["controlled"]["texts"]), argv
+
+
+@pytest.mark.parametrize("script, argv", [("sample.py", ["--model", "absent"]),
+                                          ("train_value.py", ["--lam", "2"])])
+def test_the_command_line(script, argv, tmp_path):
+    ended = subprocess.run([sys.executable, str(ROOT / script), *argv], cwd=tmp_path, text=True,
+                           capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert ended.returncode == 2 and ended.stdout == ""
+    assert re.fullmatch(r"error: .*\n", ended.stderr)
+    assert files(tmp_path) == {}
+
+
+# --------------------------------------------------------------------------------------- interrupts
+
+def interrupt(*_, **__):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("where", ["generate", "train", "report", "replace"])
+def test_an_interrupt_leaves_the_old_value_net(where, here, monkeypatch, capsys):
+    owner = model_module.os if where == "replace" else train_value           # replace: the last moment
+    monkeypatch.setattr(owner, where, interrupt)
+    (here / "out/value.safetensors").write_bytes(b"the old one")
+    with pytest.raises(SystemExit) as ended:
+        sample.run(lambda: train_value.main([*TRAIN, "--seed", "1"]))
+    assert ended.value.code == 130
+    assert files(here) == {"out/value.safetensors": b"the old one"}
+    assert capsys.readouterr().err == "interrupted; nothing was written\n"
+
+
+def test_an_interrupt_leaves_the_old_json(here, monkeypatch):
+    (here / "texts.json").write_text("the old one")
+    monkeypatch.setattr(sample.os, "replace", interrupt)
+    before = files(here)
+    with pytest.raises(SystemExit) as ended:
+        sample.run(lambda: sample.main([*SAMPLE, "--json", "texts.json"]))
+    assert ended.value.code == 130 and files(here) == before
