@@ -119,6 +119,8 @@ class Sampler:
         device = self.hidden.device
         for buffer in (self.t, self.cache.lengths, *vars(self.out).values()):
             buffer.zero_()
+        for values in (self.out.before, self.out.after):
+            values.fill_(math.nan)                             # not read unless there is a control
         self.alive.fill_(True)
         self.uniforms.copy_(uniforms)
         self.cache.span = 0
@@ -309,7 +311,7 @@ def show(rows):
 
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are InputErrors: one line, without the usage."""
-    def __init__(self, doc):
+    def __init__(self, doc, seed):
         super().__init__(description=doc.strip().split("\n")[0],
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         add = self.add_argument
@@ -318,23 +320,13 @@ class Parser(argparse.ArgumentParser):
         add("--prompts", metavar="FILE", help="one prompt a line, or HH-RLHF's .jsonl(.gz); "
                                               "prompts.txt of the model's directory if neither is given")
         add("--tokens", type=at_least(1), default=32, help="tokens drawn a text, at most")
-        add("--seed", type=at_least(0), default=0, help="of the draws; the same seed gives the same texts")
+        add("--seed", type=at_least(0), default=seed, help="of the draws; the same seed gives the same texts")
         add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1, cpu")
         add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model's weights")
         add("--batch", type=at_least(1), default=256, help="texts drawn side by side")
 
     def error(self, message):
         raise InputError(f"{message}; see --help")
-
-    def add_control(self):
-        add = self.add_argument
-        add("--steps", type=at_least(0), default=1, help="of gradient ascent on V, a token")
-        add("--step-size", type=at_least(0, float), help="of each (default: what costs half a nat a text on V's "
-                                                         "own training rollouts, saved with V)")
-        add("--radius", type=at_least(0, float), default=1.0, help="of the ball around the state; 1: the typical "
-                                                                   "distance of a state from the mean")
-        add("--max-kl", type=at_least(0, float), default=math.inf, help="budget of the control, nats a token")
-        add("--sign", type=int, choices=(1, -1), default=1, help="-1 steers towards low V")
 
 
 def at_least(bound, kind=int):
@@ -359,6 +351,9 @@ def load(args):
         raise InputError(f"--device {args.device}: {str(error).splitlines()[0]}; use cuda or cpu") from None
     model = GPT.from_pretrained(args.model, device, getattr(torch, args.dtype))
     encoder = load_tokenizer(args.model)
+    if encoder.n_vocab > model.config.n_vocab:
+        raise InputError(f"{args.model}: a vocabulary of {encoder.n_vocab} tokens for a model of "
+                         f"{model.config.n_vocab}; fetch both from one model")
     own = Path(args.model) / "prompts.txt"
     if not (args.prompt or args.prompts or own.is_file()):
         raise InputError(f"{args.model} has no prompts.txt of its own; give --prompt TEXT or --prompts FILE")
@@ -393,18 +388,25 @@ def stream(encoder, eos):
 
 
 def parse_args(argv):
-    parser = Parser(__doc__)
-    parser.add_control()
-    parser.add_argument("--value", default="out/value.safetensors", metavar="FILE", help="from train_value.py")
-    parser.add_argument("--reward", metavar="NAME", help="sentiment or path/to/file.py:function "
-                                                         "(default: what V was trained on)")
-    parser.add_argument("--samples", type=at_least(1), default=100, help="texts a prompt")
-    parser.add_argument("--show", type=at_least(0), default=4, help="pairs of texts printed")
-    parser.add_argument("--temperature", type=at_least(0, float), default=1.0, help="0: the most probable token")
-    parser.add_argument("--top-k", type=int, help="draw from the k most probable tokens only")
-    parser.add_argument("--top-p", type=at_least(0, float), default=1.0, help="draw from the fewest tokens with this mass")
-    parser.add_argument("--only", action="store_true", help="skip the uncontrolled texts")
-    parser.add_argument("--json", metavar="FILE", help="write every text and figure there")
+    parser = Parser(__doc__, seed=1000)      # other draws than those V was trained on
+    add = parser.add_argument
+    add("--value", default="out/value.safetensors", metavar="FILE", help="from train_value.py")
+    add("--reward", metavar="NAME", help="sentiment or path/to/file.py:function "
+                                         "(default: what V was trained on)")
+    add("--samples", type=at_least(1), default=100, help="texts a prompt")
+    add("--show", type=at_least(0), default=4, help="pairs of texts printed")
+    add("--temperature", type=at_least(0, float), default=1.0, help="0: the most probable token")
+    add("--top-k", type=int, help="draw from the k most probable tokens only")
+    add("--top-p", type=at_least(0, float), default=1.0, help="draw from the fewest tokens with this mass")
+    add("--only", action="store_true", help="skip the uncontrolled texts")
+    add("--json", metavar="FILE", help="write every text and figure there")
+    add("--steps", type=at_least(1), default=1, help="of gradient ascent on V, a token")
+    add("--step-size", type=at_least(0, float), help="of all steps together (default: saved with V, what costs half "
+                                                     "a nat a text on the rollouts it was trained on)")
+    add("--radius", type=at_least(0, float), default=1.0, help="of the ball around the state; 1: the typical "
+                                                               "distance of a state from the mean")
+    add("--max-kl", type=at_least(0, float), default=math.inf, help="budget of the control, nats a token")
+    add("--sign", type=int, choices=(1, -1), default=1, help="-1 steers towards low V")
     return parser.parse_args(argv)
 
 
@@ -417,11 +419,13 @@ def main(argv=None):
         raise InputError(f"--top-k {args.top_k}: choose 1 to {model.config.n_vocab}, the size of the vocabulary")
     value = ValueNet.load(args.value, model)
     reward = load_reward(args.reward or value.info["reward"])
-    step_size = value.info["step_size"] / max(args.steps, 1) if args.step_size is None else args.step_size
-    control = Controller(value, args.steps, args.sign * step_size, args.radius, args.max_kl)
+    step_size = value.info["step_size"] if args.step_size is None else args.step_size
+    control = Controller(value, args.steps, args.sign * step_size / args.steps, args.radius, args.max_kl)
     decoding = Decoding(args.temperature, args.top_k, args.top_p)
     print(f"{args.value}: method {value.info['method']}, reward {value.info['reward']}; control: {args.steps} "
           f"steps of {control.step_size:g}, radius {args.radius:g}, at most {args.max_kl:g} nats a token")
+    if not 0 < args.top_p <= 1:
+        raise InputError(f"--top-p {args.top_p:g}: choose a probability above 0, at most 1")
     rows = [prompt for prompt in prompts for _ in range(args.samples)]
     uniforms = uniform_table(len(rows), args.tokens, args.seed)
     results = {}

@@ -98,7 +98,7 @@ def peak_memory(device):
 
 
 def parse_args(argv):
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, seed=0)
     add = parser.add_argument
     add("--out", default="out/value.safetensors", metavar="FILE", help="where V is saved")
     add("--reward", default="sentiment", metavar="NAME", help="sentiment or path/to/file.py:function")

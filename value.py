@@ -156,7 +156,7 @@ def sentiment(texts):
     scores = []
     for text in texts:
         counts, reach = [0, 0], 0                              # [positive, negative]
-        for word in re.findall(r"[a-z]+(?:n't)?|[.,;:!?]", text.lower().replace("\u2019", "'")):
+        for word in re.findall(r"[a-z]+(?:'t)?|[.,;:!?]", text.lower().replace("\u2019", "'")):
             if word in NEGATIONS or word.endswith("n't"):
                 reach = 4
             elif not word[0].isalpha():

@@ -30,7 +30,7 @@ from value import load_reward                                                   
 
 
 def parse_args(argv):
-    parser = sample.Parser(__doc__)
+    parser = sample.Parser(__doc__, seed=0)
     add = parser.add_argument
     add("--test", metavar="FILE", help="prompts to report on (default: those of the rollouts, other draws)")
     add("--reward", default="sentiment", help="sentiment or path/to/file.py:function")

@@ -206,6 +206,8 @@ REFUSED = {      # what is wrong -> arguments of both scripts, a word of the mes
     "no batch": (["--batch", "0"], "--batch"),
     "device unknown": (["--device", "nonsense"], "nonsense"),
     "device absent": (["--device", "cuda"], "no CUDA device"),
+    "device that holds no data": (["--device", "meta"], "meta"),
+    "seed beyond 64 bits": (["--seed", "9" * 20], "--seed"),
     "option unknown": (["--colour", "red"], "--colour"),
 }
 REFUSED_BY_SAMPLE = {
@@ -214,10 +216,12 @@ REFUSED_BY_SAMPLE = {
     "top-p 0": (["--top-p", "0"], "--top-p"),
     "temperature -1": (["--temperature", "-1"], "--temperature"),
     "temperature nan": (["--temperature", "nan"], "--temperature"),
+    "temperature below float32": (["--temperature", "1e-40"], "--temperature"),
     "radius nan": (["--radius", "nan"], "--radius"),
     "radius -1": (["--radius", "-1"], "--radius"),
     "step size nan": (["--step-size", "nan"], "--step-size"),
     "step size infinite": (["--step-size", "inf"], "--step-size"),
+    "step size beyond float32": (["--step-size", "1e30"], "--step-size"),
     "max KL -1": (["--max-kl", "-1"], "--max-kl"),
     "sign 0": (["--sign", "0"], "--sign"),
     "no samples": (["--samples", "0"], "--samples"),
@@ -233,6 +237,8 @@ REFUSED_BY_TRAIN_VALUE = {
     "lam nan": (["--lam", "nan"], "--lam"),
     "rollouts 0": (["--rollouts", "0"], "--rollouts"),
     "rate nan": (["--rate", "nan"], "--rate"),
+    "rate infinite": (["--rate", "inf"], "--rate"),
+    "rate at which V diverges": (["--rate", "1e5", "--epochs", "3"], "--rate"),
     "method unknown": (["--method", "best"], "--method"),
     "out below a file": (["--out", "file/value.safetensors"], "file/value.safetensors"),
     "out a directory": (["--out", "folder"], "folder"),
@@ -322,7 +328,16 @@ def test_an_interrupt_leaves_the_old_value_net(where, here, monkeypatch, capsys)
         sample.run(lambda: train_value.main([*TRAIN, "--seed", "1"]))
     assert ended.value.code == 130
     assert files(here) == {"out/value.safetensors": b"the old one"}
-    assert capsys.readouterr().err == "interrupted; nothing was written\n"
+    assert re.fullmatch("interrupted.*\n", capsys.readouterr().err)
+
+
+def test_an_interrupt_after_saving_does_not_deny_it(here, monkeypatch, capsys):
+    monkeypatch.setattr(sample, "show_pairs", interrupt)
+    before = files(here)
+    with pytest.raises(SystemExit) as ended:
+        sample.run(lambda: train_value.main([*TRAIN, "--seed", "1"]))
+    assert ended.value.code == 130 and files(here) != before
+    assert "nothing was written" not in capsys.readouterr().err
 
 
 def test_an_interrupt_leaves_the_old_json(here, monkeypatch):

@@ -116,6 +116,7 @@ class Chain:
     """
     def __init__(self, transitions=None):
         self.transitions = transitions or self.grammar
+        self.value = self._expect(mood)      # (state, left) -> V, the expected reward, uncontrolled
 
     @staticmethod
     def grammar(state):
@@ -123,10 +124,6 @@ class Chain:
         for q, _, following in choices(state):
             merged[following] = merged.get(following, 0.0) + q
         return merged
-
-    def value(self, state, left):
-        """V: the expected reward of the uncontrolled text from here, `left` tokens before the cut."""
-        return self._expect(mood)(state, left)
 
     def frontier(self, state, left, beta):
         """The KL-optimal controller's (KL in nats a text, expected reward) at this beta."""
