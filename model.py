@@ -344,11 +344,15 @@ def write_safetensors(path, tensors, metadata):
         chunks.append(data)
         offset += len(data)
     text = json.dumps(header).encode()
+    write_whole(path, [len(text).to_bytes(8, "little"), text, *chunks])
+
+
+def write_whole(path, chunks):
+    """Write the bytes; whatever interrupts it, `path` holds all of the new or all of the old."""
     temporary = Path(f"{path}.{os.getpid()}.part")
     try:
         with open(temporary, "wb") as file:
-            for chunk in (len(text).to_bytes(8, "little"), text, *chunks):
-                file.write(chunk)
+            file.writelines(chunks)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -30,7 +30,7 @@ from pathlib import Path
 import torch
 
 from control import Controller, kl_ball, kl_divergence
-from model import GPT, Cache, InputError, load_tokenizer
+from model import GPT, Cache, InputError, load_tokenizer, write_whole
 from value import ValueNet, load_reward
 
 
@@ -250,6 +250,8 @@ def encode_prompts(model, encoder, texts):
     """["The movie", ..] -> [[bos, token, ..], ..]. InputError on an empty one or one too long."""
     prompts = []
     for text in texts:
+        if text != text.encode(errors="ignore").decode():      # bytes of the command line, not text
+            raise InputError(f"the prompt {text!r} is not UTF-8; write it anew")
         tokens = encoder.encode(text, allowed_special="all")
         if not tokens:
             raise InputError("an empty prompt; give at least one word")
@@ -319,36 +321,40 @@ class Parser(argparse.ArgumentParser):
         add("--prompt", action="append", metavar="TEXT", help="a prompt; may be given again (default: see --prompts)")
         add("--prompts", metavar="FILE", help="one prompt a line, or HH-RLHF's .jsonl(.gz); "
                                               "prompts.txt of the model's directory if neither is given")
-        add("--tokens", type=at_least(1), default=32, help="tokens drawn a text, at most")
-        add("--seed", type=at_least(0), default=seed, help="of the draws; the same seed gives the same texts")
+        add("--tokens", type=count, default=32, help="tokens drawn a text, at most")
+        add("--seed", type=number(int, 0, 2 ** 62), default=seed, help="of the draws; the same seed gives the same texts")
         add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1, cpu")
         add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model's weights")
-        add("--batch", type=at_least(1), default=256, help="texts drawn side by side")
+        add("--batch", type=count, default=256, help="texts drawn side by side")
 
     def error(self, message):
         raise InputError(f"{message}; see --help")
 
 
-def at_least(bound, kind=int):
-    """An argparse type: a number of that kind, not below the bound."""
+def number(kind, low, high):
+    """An argparse type: a number of that kind from low to high, which nan is not."""
     def parse(text):
-        number = kind(text)
-        if not number >= bound:
-            raise argparse.ArgumentTypeError(f"{text} is below {bound}")
-        return number
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
+        return kind(text)
     parse.__name__ = kind.__name__
     return parse
+
+
+count = number(int, 1, 2 ** 31)
 
 
 def load(args):
     """-> model, encoder, prompt texts, encoded prompts; says on which device."""
     try:
         device = torch.device(args.device)
+        if device.type not in ("cpu", "cuda"):
+            raise InputError(f"--device {args.device}: use cuda or cpu")
         if device.type == "cuda" and not torch.cuda.is_available():
             raise InputError(f"--device {args.device}: this machine has no CUDA device; use --device cpu")
         torch.zeros(1, device=device)
     except RuntimeError as error:
-        raise InputError(f"--device {args.device}: {str(error).splitlines()[0]}; use cuda or cpu") from None
+        raise InputError(f"--device {args.device}: {str(error).splitlines()[0]}; use --device cpu") from None
     model = GPT.from_pretrained(args.model, device, getattr(torch, args.dtype))
     encoder = load_tokenizer(args.model)
     if encoder.n_vocab > model.config.n_vocab:
@@ -393,19 +399,19 @@ def parse_args(argv):
     add("--value", default="out/value.safetensors", metavar="FILE", help="from train_value.py")
     add("--reward", metavar="NAME", help="sentiment or path/to/file.py:function "
                                          "(default: what V was trained on)")
-    add("--samples", type=at_least(1), default=100, help="texts a prompt")
-    add("--show", type=at_least(0), default=4, help="pairs of texts printed")
-    add("--temperature", type=at_least(0, float), default=1.0, help="0: the most probable token")
+    add("--samples", type=count, default=100, help="texts a prompt")
+    add("--show", type=number(int, 0, 2 ** 31), default=4, help="pairs of texts printed")
+    add("--temperature", type=number(float, 0, 100), default=1.0, help="0: the most probable token")
     add("--top-k", type=int, help="draw from the k most probable tokens only")
-    add("--top-p", type=at_least(0, float), default=1.0, help="draw from the fewest tokens with this mass")
+    add("--top-p", type=number(float, 1e-6, 1), default=1.0, help="draw from the fewest tokens with this mass")
     add("--only", action="store_true", help="skip the uncontrolled texts")
     add("--json", metavar="FILE", help="write every text and figure there")
-    add("--steps", type=at_least(1), default=1, help="of gradient ascent on V, a token")
-    add("--step-size", type=at_least(0, float), help="of all steps together (default: saved with V, what costs half "
+    add("--steps", type=count, default=1, help="of gradient ascent on V, a token")
+    add("--step-size", type=number(float, 0, 1e6), help="of all steps together (default: saved with V, what costs half "
                                                      "a nat a text on the rollouts it was trained on)")
-    add("--radius", type=at_least(0, float), default=1.0, help="of the ball around the state; 1: the typical "
+    add("--radius", type=number(float, 0, math.inf), default=1.0, help="of the ball around the state; 1: the typical "
                                                                "distance of a state from the mean")
-    add("--max-kl", type=at_least(0, float), default=math.inf, help="budget of the control, nats a token")
+    add("--max-kl", type=number(float, 0, math.inf), default=math.inf, help="budget of the control, nats a token")
     add("--sign", type=int, choices=(1, -1), default=1, help="-1 steers towards low V")
     return parser.parse_args(argv)
 
@@ -424,8 +430,8 @@ def main(argv=None):
     decoding = Decoding(args.temperature, args.top_k, args.top_p)
     print(f"{args.value}: method {value.info['method']}, reward {value.info['reward']}; control: {args.steps} "
           f"steps of {control.step_size:g}, radius {args.radius:g}, at most {args.max_kl:g} nats a token")
-    if not 0 < args.top_p <= 1:
-        raise InputError(f"--top-p {args.top_p:g}: choose a probability above 0, at most 1")
+    if 0 < args.temperature < 1e-3:
+        raise InputError(f"--temperature {args.temperature:g}: choose 0, the most probable token, or 0.001 and more")
     rows = [prompt for prompt in prompts for _ in range(args.samples)]
     uniforms = uniform_table(len(rows), args.tokens, args.seed)
     results = {}
@@ -463,12 +469,10 @@ def write_json(path, settings, prompts, samples, results, table):
     settings = {k: v if v != math.inf else None for k, v in settings.items()}
     whole = {"settings": settings, **{label: {"figures": clean[label], "texts": [
         {"prompt": prompts[i // samples], "text": text, "reward": score,
-         "kl": rollout.kl[i].sum().item() if clean[label]["kl_text"] is not None else None}
+         "kl": rollout.kl[i][rollout.mask[i]].sum().item() if clean[label]["kl_text"] is not None else None}
         for i, (text, score) in enumerate(zip(written, scores))]}
         for label, (rollout, written, scores) in results.items()}}
-    temporary = Path(f"{path}.{os.getpid()}.part")
-    temporary.write_text(json.dumps(whole, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, [json.dumps(whole, indent=1).encode()])
 
 
 def progress(label):
@@ -491,7 +495,7 @@ def run(main):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; nothing was written", file=sys.stderr)
+        print("interrupted; every file is the whole old one or the whole new one", file=sys.stderr)
         sys.exit(130)
 
 

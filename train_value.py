@@ -21,7 +21,7 @@ import torch
 import sample
 from control import Controller, step_for_kl
 from model import InputError
-from sample import Parser, at_least, generate, uniform_table
+from sample import Parser, count, generate, number, uniform_table
 from value import ValueNet, load_reward, value_loss
 
 # The baselines and ours: {name: (lambda, gain, standardised states?)}. One-step targets (lambda 0) carry
@@ -65,6 +65,8 @@ def train(rollout, rewards, lam, gain, standardised, width=128, epochs=5, batch=
             optimizer.step()
             schedule.step()
             total += loss.item() * len(rows) / len(rewards)
+        if not math.isfinite(total):
+            raise InputError(f"V diverged in epoch {epoch + 1}; choose a smaller --rate")
         if log:
             log(epoch, total)
     return value.requires_grad_(False)
@@ -104,21 +106,19 @@ def parse_args(argv):
     add("--reward", default="sentiment", metavar="NAME", help="sentiment or path/to/file.py:function")
     add("--method", choices=METHODS, default="q", help="q: V and its gradient; plain: values alone; paper: values "
                                                        "alone, one-step targets, raw states")
-    add("--lam", type=at_least(0, float), help="lambda of TD(lambda), 0 to 1: 0 moves the reward back one token a "
+    add("--lam", type=number(float, 0, 1), help="lambda of TD(lambda): 0 moves the reward back one token a "
                                                "pass, 1 is Monte Carlo (default: the method's)")
-    add("--gain", type=at_least(0, float), help="weight of the gradient in Q; 0: values alone (default: the method's)")
-    add("--rollouts", type=at_least(16), default=4000, help="texts to learn from")
-    add("--held-out", type=at_least(16), default=1000, help="texts to report on")
-    add("--width", type=at_least(1), default=128, help="of V's hidden layer")
-    add("--epochs", type=at_least(1), default=5, help="passes over the rollouts")
-    add("--rate", type=at_least(0, float), default=3e-3, help="peak learning rate")
-    add("--decay", type=at_least(0, float), default=1.0, help="weight decay, decoupled (AdamW)")
+    add("--gain", type=number(float, 0, 1e3), help="weight of the gradient in Q; 0: values alone (default: the method's)")
+    add("--rollouts", type=number(int, 16, 2 ** 31), default=4000, help="texts to learn from")
+    add("--held-out", type=number(int, 16, 2 ** 31), default=1000, help="texts to report on")
+    add("--width", type=count, default=128, help="of V's hidden layer")
+    add("--epochs", type=count, default=5, help="passes over the rollouts")
+    add("--rate", type=number(float, 0, 10), default=3e-3, help="peak learning rate")
+    add("--decay", type=number(float, 0, 100), default=1.0, help="weight decay, decoupled (AdamW)")
     args = parser.parse_args(argv)
     lam, gain, _ = METHODS[args.method]
     args.lam = lam if args.lam is None else args.lam
     args.gain = gain if args.gain is None else args.gain
-    if args.lam > 1:
-        raise InputError(f"--lam {args.lam:g}: choose 0 to 1")
     return args
 
 

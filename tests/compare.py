@@ -34,11 +34,11 @@ def parse_args(argv):
     add = parser.add_argument
     add("--test", metavar="FILE", help="prompts to report on (default: those of the rollouts, other draws)")
     add("--reward", default="sentiment", help="sentiment or path/to/file.py:function")
-    add("--rollouts", type=sample.at_least(16), default=4000, help="texts to learn from")
-    add("--samples", type=sample.at_least(2), default=4000, help="texts a test prompt and row")
+    add("--rollouts", type=sample.number(int, 16, 2 ** 31), default=4000, help="texts to learn from")
+    add("--samples", type=sample.number(int, 2, 2 ** 31), default=4000, help="texts a test prompt and row")
     add("--kl", default="0.1,0.3,0.8", help="budgets aimed at, nats a text")
     add("--methods", default=",".join(METHODS), help="which of " + ", ".join(METHODS))
-    add("--test-seed", type=sample.at_least(0), default=1000, help="of the draws reported on")
+    add("--test-seed", type=sample.number(int, 0, 2 ** 62), default=1000, help="of the draws reported on")
     return parser.parse_args(argv)
 
 

@@ -53,7 +53,7 @@ def autograd_ascent(value, hidden, steps, step_size, radius):
     return u
 
 
-# ------------------------------------------------------------------------------------- the ascent
+# --------------------------------------------------------------------------------------- the ascent
 
 @pytest.mark.parametrize("radius", [0.03, 0.3, 1e3])
 @pytest.mark.parametrize("steps, step_size", [(1, 0.5), (5, 0.3), (5, -0.3), (12, 1.0)])
@@ -130,7 +130,7 @@ def test_step_for_kl():
     assert step ** 2 * cost == pytest.approx(0.3, rel=1e-4)
 
 
-# ------------------------------------------------------------------------------------------ the KL
+# ------------------------------------------------------------------------------------------- the KL
 
 def test_kl_by_hand_and_by_torch():
     p, q = torch.tensor([[0.5, 0.5, 0.0]]), torch.tensor([[0.25, 0.5, 0.25]])
