@@ -21,7 +21,8 @@ TOY = ROOT / "tests" / "toy"
 EOS = 286
 PROMPTS = ["the", "this music was very warm", "the plot seemed dull and", "this cast"] * 3
 HOWS = {"plain": (Decoding(), False), "cool": (Decoding(0.7), False),
-        "top": (Decoding(1, 12, 0.9), False), "controlled": (Decoding(), True), "controlled, top": (Decoding(0.8, 20, 0.95), True)}
+        "top": (Decoding(1, 12, 0.9), False), "controlled": (Decoding(), True),
+        "controlled, top": (Decoding(0.8, 20, 0.95), True)}
 
 
 @pytest.fixture(scope="module")

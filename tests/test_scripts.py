@@ -78,6 +78,12 @@ def test_every_method_trains_and_steers(method, here, capsys):
     train_value.main([*TRAIN, "--method", method, "--reward", "sentiment"])
     sample.main([*SAMPLE])
     assert f"method {method}, reward sentiment" in capsys.readouterr().out
+    state = dict(model_module.read_safetensors("out/value.safetensors"))
+    raw = torch.equal(state["mean"], torch.zeros(64)) and torch.equal(state["std"], torch.ones(64))
+    assert raw == (method == "paper")
+    info = json.loads(model_module.read_header("out/value.safetensors")[1]["nanocontrol"])
+    assert [info[key] for key in ("lam", "tokens", "rollouts", "seed")] == [
+        train_value.METHODS[method][0], 8, 64, 0]
 
 
 COLUMNS = (("reward", 3), ("error", 3), ("kl_token", 4), ("kl_text", 3), ("perplexity", 2),

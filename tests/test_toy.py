@@ -1,0 +1,125 @@
+"""The tiny model has learned its language, V the exact value, and the control the exact optimum."""
+import itertools
+import math
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import sample
+from control import Controller, step_for_kl
+from exact import Exact
+from model import GPT, load_tokenizer
+from train_value import METHODS, roll_out, train
+from value import sentiment
+
+TOY = Path(__file__).parent / "toy"
+sys.path.insert(0, str(TOY))
+import grammar                                                                        # noqa: E402
+from train import excess                                                              # noqa: E402
+
+TOKENS = 32
+
+
+@pytest.fixture(scope="module")
+def toy():
+    """model, encoder, prompts, 4,000 training rollouts with rewards, 4,000 other uncontrolled texts."""
+    model, encoder = GPT.from_pretrained(TOY), load_tokenizer(TOY)
+    prompts = sample.encode_prompts(model, encoder, ["the", "this"])
+    trained, rewards, _ = roll_out(model, encoder, sentiment, prompts, 4000, TOKENS, seed=0, record=True)
+    others, _, _ = roll_out(model, encoder, sentiment, prompts, 4000, TOKENS, seed=3, record=True)
+    return model, encoder, prompts, trained, rewards, others
+
+
+# ---------------------------------------------------------------------------- the language by itself
+
+def paths(state, left):
+    """Every way a text can go on: (probability, states after this one)."""
+    options = grammar.Chain.grammar(state) if left else {}
+    if not options:
+        yield 1.0, [state]
+    for following, p in options.items():
+        for q, rest in paths(following, left - 1):
+            yield p * q, rest
+
+
+def test_choices_are_distributions():
+    for slot, p, n in itertools.product(("first", "opening", "noun", "verb", "adverb", "adjective",
+                                         "link", "stop"), range(4), range(4)):
+        options = grammar.choices((slot, p, n))
+        assert sum(q for q, _, _ in options) == pytest.approx(1)
+        assert len({token for _, token, _ in options}) == len(options)
+    assert grammar.choices(("end", 1, 2)) == []
+
+
+def test_reviews_parse_and_their_mood_is_the_reward():
+    rng = random.Random(0)
+    for _ in range(200):
+        review = grammar.sample(rng)
+        last = grammar.parse(review)[-1]
+        assert last[0] == "end" and grammar.mood(last) == sentiment(["".join(review[:-1])])[0]
+    assert grammar.parse(["the", " was"]) is None
+
+
+@pytest.mark.parametrize("left", [0, 1, 4, 8])
+def test_the_exact_value_by_enumeration(left):
+    start = ("adjective", 1, 1)
+    brute = sum(p * grammar.mood(states[-1]) for p, states in paths(start, left))
+    assert grammar.Chain().value(start, left) == pytest.approx(brute)
+
+
+@pytest.mark.parametrize("beta", [0.5, 2.0])
+def test_the_frontier_by_enumeration(beta):
+    """The optimum tilts whole texts by exp(reward / beta): its KL and reward from their listing."""
+    start, left = ("adjective", 0, 1), 8
+    texts = [(p, grammar.mood(states[-1])) for p, states in paths(start, left)]
+    Z = sum(p * math.exp(r / beta) for p, r in texts)
+    tilted = [(p * math.exp(r / beta) / Z, p, r) for p, r in texts]
+    kl, reward = sum(q * math.log(q / p) for q, p, _ in tilted), sum(q * r for q, _, r in tilted)
+    assert grammar.Chain().frontier(start, left, beta) == pytest.approx((kl, reward))
+
+
+# ------------------------------------------------------------------------------- the model, V, control
+
+def test_the_model_has_learned_its_language(toy):
+    model, encoder, prompts, *_, others = toy
+    assert abs(excess(model, encoder, n=4000)) < 0.002
+    exact = Exact(model, encoder, prompts, others, TOKENS)
+    assert exact.grammatical >= 0.995
+    assert exact.value == pytest.approx(grammar.Chain().value(exact.start, TOKENS), abs=0.02)
+
+
+def test_files_are_small():
+    assert (TOY / "model.safetensors").stat().st_size < 1_000_000
+
+
+@pytest.fixture(scope="module")
+def nets(toy):
+    *_, trained, rewards, _ = toy
+    return {name: train(trained, rewards, *METHODS[name]) for name in ("q", "plain")}
+
+
+def test_v_is_the_exact_value(toy, nets):
+    model, encoder, prompts, *_, others = toy
+    exact = Exact(model, encoder, prompts, others, TOKENS)
+    for value in nets.values():
+        assert exact.r_squared(value, others) >= 0.95
+
+
+@pytest.mark.parametrize("nats, least", [(0.1, 0.85), (0.3, 0.88), (0.8, 0.85)])
+def test_control_against_the_exact_optimum(toy, nets, nats, least):
+    """Share of the optimal gain at equal KL; bounds leave room for 2,000 texts' noise."""
+    model, encoder, prompts, trained, _, others = toy
+    exact = Exact(model, encoder, prompts, others, TOKENS)
+    shares = {}
+    for name, value in nets.items():
+        control = Controller(value, step_size=step_for_kl(value, trained.hidden, trained.psi, trained.mask, nats))
+        drawn, scores, _ = roll_out(model, encoder, sentiment, prompts, 2000, TOKENS, seed=5, control=control)
+        kl = sample.figures(drawn, scores)["kl_text"]
+        mean, error = sample.mean_error(scores)
+        shares[name] = (mean - exact.value) / exact.best(kl)
+        assert 0.5 * nats < kl < 1.5 * nats
+        assert shares[name] <= 1 + 3 * error / exact.best(kl)
+    assert shares["q"] >= least and shares["q"] > shares["plain"] + 0.1
