@@ -424,6 +424,8 @@ def main(argv=None):
     if args.top_k is not None and not 1 <= args.top_k <= model.config.n_vocab:
         raise InputError(f"--top-k {args.top_k}: choose 1 to {model.config.n_vocab}, the size of the vocabulary")
     value = ValueNet.load(args.value, model)
+    if missing := {"reward", "method", "step_size"} - value.info.keys():
+        raise InputError(f"{args.value}: does not say its {', '.join(sorted(missing))}; train it again")
     reward = load_reward(args.reward or value.info["reward"])
     step_size = value.info["step_size"] if args.step_size is None else args.step_size
     control = Controller(value, args.steps, args.sign * step_size / args.steps, args.radius, args.max_kl)

@@ -111,7 +111,7 @@ def parse_args(argv):
     add("--gain", type=number(float, 0, 1e3), help="weight of the gradient in Q; 0: values alone (default: the method's)")
     add("--rollouts", type=number(int, 16, 2 ** 31), default=4000, help="texts to learn from")
     add("--held-out", type=number(int, 16, 2 ** 31), default=1000, help="texts to report on")
-    add("--width", type=count, default=128, help="of V's hidden layer")
+    add("--width", type=number(int, 1, 65536), default=128, help="of V's hidden layer")
     add("--epochs", type=count, default=5, help="passes over the rollouts")
     add("--rate", type=number(float, 0, 10), default=3e-3, help="peak learning rate")
     add("--decay", type=number(float, 0, 100), default=1.0, help="weight decay, decoupled (AdamW)")

@@ -179,6 +179,8 @@ def load_reward(name):
         spec = importlib.util.spec_from_file_location("reward", path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
+        if not callable(getattr(module, function)):
+            raise TypeError(f"{function} is not a function")
         return checked(getattr(module, function), name)
     except Exception as error:      # the user's file may raise anything
         raise InputError(f"--reward {name}: cannot be loaded "
