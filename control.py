@@ -4,7 +4,8 @@ The control: before each draw, move the state uphill on V, inside a ball.
     u_t = argmax V(h_t + u)   subject to   ||u / std||_2 <= radius * sqrt(n_embd)        (ascend)
     y_t ~ softmax(W (h_t + s u_t)),  s <= 1 the largest with KL(p_su || p_0) <= max_kl   (kl_ball)
 
-found by projected gradient ascent from u = 0. Source: "Aligning Large Language Models with
+approached by projected gradient ascent from u = 0. The default is one step: inside the ball u is then
+not the argmax but the KL-regularised optimum for the Q of value.py, which is linear in u. Source: "Aligning Large Language Models with
 Representation Editing: A Control Perspective" (arXiv 2406.05954), section 4.3.
 
     h, x    hidden, and (h - mean) / std: the coordinates of the ascent, those V was trained in
@@ -14,8 +15,8 @@ Representation Editing: A Control Perspective" (arXiv 2406.05954), section 4.3.
 
 Deviations from the paper, on purpose:
     1. The gradient is closed form (V has one hidden layer), without autograd.
-    2. The ascent runs on the pre-activations: u never leaves the span of V's input weights, so a
-       step costs one product of the hidden layer's width.
+    2. The ascent runs on the pre-activations: u never leaves the span of V's input weights, so once
+       G = W1 W1^T is known a step costs one product of the hidden layer's width.
     3. A ball around the state; the paper relies on few steps and a small step size.
     4. A budget in nats a token on the distribution itself, the quantity a text feels.
     5. Only the state of the next token is controlled, not every position of the prompt.
@@ -27,6 +28,7 @@ from dataclasses import dataclass
 
 import torch
 
+from model import InputError
 from value import ValueNet
 
 
@@ -34,8 +36,8 @@ def ascend(value, hidden, steps, step_size, radius):
     """
     hidden (B, n_embd) -> u (B, n_embd), float32: `steps` steps of projected gradient ascent on V.
 
-    Plain gradient steps: where V is flat u stays small and no KL is spent. A negative step_size
-    descends. With z = W1 x + b1 and G = W1 W1^T, u = std * (W1^T A) is held as A (B, width):
+    Plain gradient steps: where V is flatter than elsewhere, u is smaller and less KL is spent. A
+    negative step_size descends. With z = W1 x + b1 and G = W1 W1^T, u = std * (W1^T A) is held as A (B, width):
 
         a = w2 * phi'(z + dz)      dV/dx = W1^T a
         A += step_size * a         dz = G A,   ||u / std||^2 = A . dz
@@ -94,7 +96,10 @@ def step_for_kl(value, hidden, psi, mask, nats):
     (hidden, psi (N, T, n_embd), mask (N, T)). A small u costs Var_p(w . u) / 2 = E[(psi . u)^2] / 2.
     """
     v, q = value.q_values(hidden, psi)                         # q - v = dV/dx . psi_x = psi . u at step 1
-    return math.sqrt(2 * nats / ((q - v) ** 2 * mask).sum(1).mean().item())
+    cost = ((q - v) ** 2 * mask).sum(1).mean().item() / 2
+    if not 0 < cost < math.inf:
+        raise InputError(f"V has no usable gradient (a step of 1 costs {cost:g} nats a text); check the reward")
+    return math.sqrt(nats / cost)
 
 
 @dataclass

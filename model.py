@@ -15,7 +15,7 @@ The network is the one OpenAI published (Radford et al. 2019): pre-norm blocks, 
 gelu in its tanh form, weights shared between embedding and head. Module names are the public
 checkpoint's, so loading is one table and no renaming. Inference only: the weights are frozen.
 
-But: no dropout, no training of the GPT itself, no sharded or pickled checkpoints, no download yet
+But: no dropout, no training of the GPT itself, no sharded or pickled checkpoints, no download
 (`from_pretrained` takes a directory).
 """
 import hashlib
@@ -128,11 +128,11 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def unembed(self, hidden):
-        """hidden (..., n_embd) -> logits (..., n_vocab) = W hidden, always float32."""
+        """hidden (..., n_embd) -> logits (..., n_vocab) = W hidden: in W's dtype, handed on as float32."""
         return F.linear(hidden.to(self.wte.weight.dtype), self.wte.weight).float()
 
     def fingerprint(self):
-        """sha256 of the final norm and the embedding, in bfloat16: the same at every dtype."""
+        """sha256 of the final norm and the embedding as bfloat16: the same for a float32 and a bfloat16 load."""
         digest = hashlib.sha256()
         for weight in (self.ln_f.weight, self.ln_f.bias, self.wte.weight):
             digest.update(weight.detach().bfloat16().view(torch.int16).cpu().numpy().tobytes())

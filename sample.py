@@ -52,9 +52,9 @@ class Rollout:
     kl: torch.Tensor              # KL(p_u || p), nats, at the decoding's temperature and support
     logp: torch.Tensor            # log p(y_t) under the uncontrolled model at temperature 1, nats
     before: torch.Tensor          # V(h_t)
-    after: torch.Tensor           # V(h_t + u_t)
-    hidden: torch.Tensor = None   # h_t + u_t, the state the token was drawn from   (record=True)
-    psi: torch.Tensor = None      # W[y_t] - E[W] under that draw                   (record=True)
+    after: torch.Tensor           # V(h_t + u_t), u_t as kl_ball has scaled it
+    hidden: torch.Tensor          # h_t + u_t, the state the token was drawn from; empty unless recorded
+    psi: torch.Tensor             # W[y_t] - E[W] under that draw; empty unless recorded
 
 
 class Sampler:
@@ -68,10 +68,10 @@ class Sampler:
         self.alive = torch.ones(batch, dtype=torch.bool, device=device)
         self.t = torch.zeros(1, dtype=torch.long, device=device)
         self.uniforms = torch.zeros(batch, n_tokens, device=device)
-        states = torch.zeros(2, batch, n_tokens if record else 0, n_embd, device=device)
-        figures = torch.zeros(4, batch, n_tokens, device=device)
-        self.out = Rollout(figures[0].long(), figures[0].bool(), *figures, *states)
-        self.next = self.capture() if device.type == "cuda" else self.step
+        kl, logp, before, after = torch.zeros(4, batch, n_tokens, device=device)
+        hidden, psi = torch.zeros(2, batch, n_tokens if record else 0, n_embd, device=device)
+        self.out = Rollout(kl.long(), kl.bool(), kl, logp, before, after, hidden, psi)
+        self.graph = self.capture() if device.type == "cuda" else None
 
     def step(self):
         """h_t -> u_t -> y_t -> h_{t+1} for every row, all on the device."""
@@ -127,12 +127,10 @@ class Sampler:
         lengths = lengths.to(device)
         hidden = self.model(padded.to(device), self.cache, lengths)               # (B, T, n_embd)
         self.hidden.copy_(hidden[torch.arange(len(prompts), device=device), lengths - 1])
-        if device.type == "cuda":
-            self.cache.span = self.cache.size                  # a graph's shapes are fixed
 
     def capture(self):
         """The step as a CUDA graph: warmed up on a side stream, recorded once, replayed for ever."""
-        self.cache.span = self.cache.size
+        self.cache.span = self.cache.size                      # a graph's shapes are fixed
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -141,18 +139,16 @@ class Sampler:
                 self.cache.lengths.zero_()
                 self.step()
         torch.cuda.current_stream().wait_stream(stream)
-        self.t.zero_()
-        self.cache.lengths.zero_()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self.step()
-        return graph.replay
+        return graph
 
     def run(self, prompts, uniforms, watch=None):
         """Draw the texts. `watch(tokens)` sees each column of tokens as it is drawn."""
         self.begin(prompts, uniforms)
         for t in range(uniforms.size(1)):
-            self.next()
+            self.graph.replay() if self.graph else self.step()
             if watch:
                 watch(self.out.tokens[:, t])
             if (watch or t % 16 == 15) and not self.alive.any():
@@ -177,8 +173,8 @@ def draw(probs, uniform):
     """
     probs (B, n_vocab), uniform (B, 1) in [0, 1) -> tokens (B,), the inverse CDF at each uniform.
 
-    In float64 the CDF rises without exception, and a float32 uniform below 1 times its total stays
-    below the total: a token without probability cannot be drawn.
+    In float64 the CDF rises (summed in order; a parallel sum may dip by 1e-16), and its total times
+    a float32 uniform below 1 stays below the total: no token past the last probable one is drawn.
     """
     cdf = probs.cumsum(-1, dtype=torch.float64)
     return torch.searchsorted(cdf, uniform.double() * cdf[:, -1:], right=True)[:, 0]
@@ -206,6 +202,7 @@ def generate(model, prompts, uniforms, decoding=None, control=None, record=False
     for start in range(0, samples, batch):
         rows = slice(start, min(start + batch, samples))
         if sampler is None or len(sampler.alive) != rows.stop - rows.start:
+            sampler = None                                     # its memory first
             sampler = Sampler(model, rows.stop - rows.start, longest + n_tokens, n_tokens, decoding,
                               control, record)
         parts.append(sampler.run(prompts[rows], uniforms[rows], watch))
@@ -270,7 +267,7 @@ def decode(encoder, prompts, rollout, eos):
 
 def mean_error(scores, clusters=None):
     """Mean and its standard error; `clusters` [label, ..] groups scores that are not independent."""
-    scores = torch.as_tensor(scores, dtype=torch.float64)
+    scores = torch.as_tensor(scores, dtype=torch.float64).cpu()
     labels = torch.arange(len(scores)) if clusters is None else torch.as_tensor(clusters)
     sums = torch.zeros(int(labels.max()) + 1, dtype=torch.float64)
     sums.index_add_(0, labels, scores - scores.mean())
@@ -353,6 +350,8 @@ def load(args):
         if device.type == "cuda" and not torch.cuda.is_available():
             raise InputError(f"--device {args.device}: this machine has no CUDA device; use --device cpu")
         torch.zeros(1, device=device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)                      # graphs are captured on the current one
     except RuntimeError as error:
         raise InputError(f"--device {args.device}: {str(error).splitlines()[0]}; use --device cpu") from None
     model = GPT.from_pretrained(args.model, device, getattr(torch, args.dtype))
@@ -407,10 +406,10 @@ def parse_args(argv):
     add("--only", action="store_true", help="skip the uncontrolled texts")
     add("--json", metavar="FILE", help="write every text and figure there")
     add("--steps", type=count, default=1, help="of gradient ascent on V, a token")
-    add("--step-size", type=number(float, 0, 1e6), help="of all steps together (default: saved with V, what costs half "
-                                                     "a nat a text on the rollouts it was trained on)")
-    add("--radius", type=number(float, 0, math.inf), default=1.0, help="of the ball around the state; 1: the typical "
-                                                               "distance of a state from the mean")
+    add("--step-size", type=number(float, 0, 1e6), help="of all steps together, in gain / beta (default: saved with "
+                                                     "V, see NATS in train_value.py)")
+    add("--radius", type=number(float, 0, math.inf), help="of the ball around the state; 1: the typical distance of "
+                                                          "a state from the mean (default: saved with V)")
     add("--max-kl", type=number(float, 0, math.inf), default=math.inf, help="budget of the control, nats a token")
     add("--sign", type=int, choices=(1, -1), default=1, help="-1 steers towards low V")
     return parser.parse_args(argv)
@@ -424,14 +423,15 @@ def main(argv=None):
     if args.top_k is not None and not 1 <= args.top_k <= model.config.n_vocab:
         raise InputError(f"--top-k {args.top_k}: choose 1 to {model.config.n_vocab}, the size of the vocabulary")
     value = ValueNet.load(args.value, model)
-    if missing := {"reward", "method", "step_size"} - value.info.keys():
+    if missing := {"reward", "method", "step_size", "radius"} - value.info.keys():
         raise InputError(f"{args.value}: does not say its {', '.join(sorted(missing))}; train it again")
     reward = load_reward(args.reward or value.info["reward"])
     step_size = value.info["step_size"] if args.step_size is None else args.step_size
-    control = Controller(value, args.steps, args.sign * step_size / args.steps, args.radius, args.max_kl)
+    radius = value.info["radius"] if args.radius is None else args.radius
+    control = Controller(value, args.steps, args.sign * step_size / args.steps, radius, args.max_kl)
     decoding = Decoding(args.temperature, args.top_k, args.top_p)
     print(f"{args.value}: method {value.info['method']}, reward {value.info['reward']}; control: {args.steps} "
-          f"steps of {control.step_size:g}, radius {args.radius:g}, at most {args.max_kl:g} nats a token")
+          f"steps of {control.step_size:.3g}, radius {radius:g}, at most {args.max_kl:g} nats a token")
     if 0 < args.temperature < 1e-3:
         raise InputError(f"--temperature {args.temperature:g}: choose 0, the most probable token, or 0.001 and more")
     rows = [prompt for prompt in prompts for _ in range(args.samples)]

@@ -28,7 +28,8 @@ from value import ValueNet, load_reward, value_loss
 # the reward back one token a pass over the data; over 32 tokens that is too slow to learn anything early.
 METHODS = {"q": (0.95, 5.0, True),          # ours: V and its gradient
            "plain": (1.0, 0.0, True),       # values alone
-           "paper": (0.0, 0.0, False)}      # values alone, one-step targets, raw states
+           "paper": (0.0, 0.0, False)}      # values alone, one-step targets, raw states, no ball
+NATS = 0.5      # a text: the cost of the control whose step size is saved with V as sample.py's default
 
 
 def roll_out(model, encoder, reward, prompts, samples, n_tokens, seed, **how):
@@ -53,6 +54,7 @@ def train(rollout, rewards, lam, gain, standardised, width=128, epochs=5, batch=
     if standardised:
         value.mean.copy_(states.mean(0))
         value.std.copy_(states.std(0).clamp(min=1e-6))
+    del states
     optimizer = torch.optim.AdamW(value.parameters(), lr=rate, weight_decay=decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * math.ceil(len(rewards) / batch))
     for epoch in range(epochs):
@@ -77,8 +79,8 @@ def report(value, rollout, rewards):
     """How well V foretells the outcome of held-out uncontrolled texts."""
     values, mask = value(rollout.hidden), rollout.mask
     outcome = rewards[:, None].expand_as(values)
-    error = (values - outcome)[mask].square().mean().item()
-    print(f"\nheld-out texts: squared error {error:.4f}, of their mean {rewards.var().item():.4f}")
+    error, spread = (values - outcome)[mask].square().mean(), outcome[mask].var()
+    print(f"\nheld-out states: squared error of V to the outcome {error:.4f}, of the best constant {spread:.4f}")
     print("correlation of V(h_t) with the outcome:", end="")
     longest = int(mask.sum(1).max())
     for t in sorted({0, longest // 8, longest // 4, longest // 2, 3 * longest // 4, longest - 1}):
@@ -143,16 +145,17 @@ def main(argv=None):
     trained = time.time()
     held_out, outcome, _ = rolled(args.held_out, args.seed + 1, "held-out rollouts", record=True)
     report(value, held_out, outcome)
-    step_size = step_for_kl(value, rollout.hidden, rollout.psi, rollout.mask, nats=0.5)
+    step_size = step_for_kl(value, rollout.hidden, rollout.psi, rollout.mask, NATS)
+    radius = 1.0 if METHODS[args.method][2] else math.inf
     value.save(args.out, fingerprint=model.fingerprint(), model=str(args.model), method=args.method,
                lam=args.lam, gain=args.gain, reward=args.reward, rollouts=args.rollouts, tokens=args.tokens,
-               temperature=1.0, seed=args.seed, step_size=step_size)
+               temperature=1.0, seed=args.seed, step_size=step_size, radius=radius)
     print(f"\n{args.out}: {sum(p.numel() for p in value.parameters()):,} parameters trained; rollouts "
           f"{rolled_out - started:.0f} s, training {trained - rolled_out:.0f} s, peak memory "
-          f"{peak_memory(model.wte.weight.device):.0f} MiB; a step of {step_size:.2f} costs about 0.5 nats a text")
+          f"{peak_memory(model.wte.weight.device):.0f} MiB; a step of {step_size:.2f} costs about {NATS} nats a text")
     few = min(max(len(prompts), 2), 4)
     pairs = {label: rolled(few, args.seed + 2, label, control=control) for label, control in
-             (("uncontrolled", None), ("controlled", Controller(value, step_size=step_size)))}
+             (("uncontrolled", None), ("controlled", Controller(value, 1, step_size, radius)))}
     sample.show_pairs({label: (drawn, texts, scores.tolist()) for label, (drawn, scores, texts) in pairs.items()},
                       range(few))
 

@@ -2,7 +2,7 @@
 V(h): the expected reward of the finished text, read off the hidden state; and the rewards.
 
     V(h_t) = E[V(h_{t+1})]          the Bellman equation of the uncontrolled system
-    V(h_L) = reward(text)           where the text ends or is cut, both treated alike
+    reward(text)                    stands in for V(h_{t+1}) where the text ends or is cut, both alike
 
 Source: "Aligning Large Language Models with Representation Editing: A Control Perspective"
 (arXiv 2406.05954), section 4.2.
@@ -11,21 +11,22 @@ Source: "Aligning Large Language Models with Representation Editing: A Control P
     values  V(h_t)                                                            (B, T)
     mask    True where t < L, the text's own length in tokens                 (B, T)
     psi     W[y_t] - E_p[W], p the distribution y_t was drawn from; E[psi]=0  (B, T, n_embd)
+    x       (h - mean) / std; then u = std * u_x, dV/dx = std * dV/dh and psi_x = std * psi
 
 The half of the equation the paper leaves out. Control acts only on the draw, p_u(y) ~ exp(w_y.(h+u)),
 so all it can change is which token comes next. Values alone leave dV/dh free in every direction the
 data does not span, and ascent goes exactly there. So V's gradient is trained too, through
 
-    Q(h, y) = V(h) + gain * dV/dx . psi_x            psi_x = std * psi, x = (h - mean) / std
+    Q(h, y) = V(h) + gain * dV/dx . psi_x
 
-the value of drawing y: one Bellman equation for states and tokens, Q(h_t, y_t) = E[V(h_{t+1})]. Its
-KL-optimal policy, p(y) exp(Q(h, y) / beta), is exactly softmax(W (h + u)) with u_x = gain / beta dV/dx:
-one gradient step. `gain` is the exchange rate of two unlike moves: the states of a text wander far
-for every reward gained, one token's psi is short. At gain 1 the values win and the gradient fits
-their wandering; at 5 it fits the draws as well. gain 0 is values alone.
+the value of drawing y: one Bellman equation for states and tokens, Q(h_t, y_t) = V(h_{t+1}), which
+averaged over y_t is the one above, as E[psi] = 0. Its KL-optimal policy, p(y) exp(Q(h, y) / beta), is
+exactly softmax(W (h + u)) with u_x = gain / beta * dV/dx: one gradient step. The same dV/dx has to fit
+how V changes along texts, where x moves far, and how the draw changes it, where psi_x is short; a gain
+above 1 lets a small dV/dx explain the draws, so that the two compete less. gain 0 is values alone.
 
 Deviations from the paper: TD(lambda) instead of one step; Q instead of V in the loss; standardised
-states. `train_value.py --method paper` switches all three off.
+states. `train_value.py --method paper` switches all three off, and the ball of control.py.
 But: V reads one state, not the text; what the state does not hold, V cannot know.
 """
 import importlib.util

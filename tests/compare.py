@@ -11,14 +11,14 @@ prompts. The texts of all rows are drawn with the same uniforms: gains are paire
     gain      mean reward less the uncontrolled texts', with its standard error, clustered by opening
     KL        of the controlled from the uncontrolled distribution, summed over a text, nats
     ppl       perplexity of the continuations under the uncontrolled model
-    share     gain over that of the exact KL-optimal controller at the same KL (the tiny model only)
-    R^2       of V against the exact value, over the states of texts not trained on (the same)
+    share     gain over that of the exact KL-optimal controller at the same KL (the tiny model only), exact
+              for the chain of grammar states with the model's own averaged probabilities; +- is the gain's
+    R^2       of V against the exact value, over the states of grammatical texts not trained on (the same)
 """
 import math
+import re
 import sys
 from pathlib import Path
-
-import torch
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
@@ -36,7 +36,7 @@ def parse_args(argv):
     add("--reward", default="sentiment", help="sentiment or path/to/file.py:function")
     add("--rollouts", type=sample.number(int, 16, 2 ** 31), default=4000, help="texts to learn from")
     add("--samples", type=sample.number(int, 2, 2 ** 31), default=4000, help="texts a test prompt and row")
-    add("--kl", default="0.1,0.3,0.8", help="budgets aimed at, nats a text")
+    add("--kl", default="0.1,0.3,0.8,2", help="budgets aimed at, nats a text")
     add("--methods", default=",".join(METHODS), help="which of " + ", ".join(METHODS))
     add("--test-seed", type=sample.number(int, 0, 2 ** 62), default=1000, help="of the draws reported on")
     return parser.parse_args(argv)
@@ -45,17 +45,19 @@ def parse_args(argv):
 def main(argv=None):
     args = parse_args(argv)
     reward = load_reward(args.reward)
+    methods, budgets = args.methods.split(","), args.kl.split(",")
+    if set(methods) - METHODS.keys() or not all(re.fullmatch(r"\d*\.?\d+", nats) for nats in budgets):
+        raise sample.InputError("--methods takes " + ",".join(METHODS) + " and --kl numbers, with commas between")
     model, encoder, _, prompts = sample.load(args)
     tests = sample.encode_prompts(model, encoder, sample.read_prompts(args.test)) if args.test else prompts
-    how = dict(batch=args.batch)
     rollout, rewards, _ = roll_out(model, encoder, reward, prompts, args.rollouts, args.tokens, args.seed,
-                                   record=True, progress=sample.progress("rollouts"), **how)
+                                   record=True, progress=sample.progress("rollouts"), batch=args.batch)
     toy = (Path(args.model) / "grammar.py").is_file()
 
     def rows(label, control=None, record=False):
         drawn, scores, _ = roll_out(model, encoder, reward, tests, args.samples * len(tests), args.tokens,
                                     args.test_seed, control=control, record=record,
-                                    progress=sample.progress(label), **how)
+                                    progress=sample.progress(label), batch=args.batch)
         return drawn, scores
 
     base, earned = rows("uncontrolled", record=toy)
@@ -66,11 +68,11 @@ def main(argv=None):
     print("method        step     KL  reward  gain" + " " * 16 + "ppl  distinct-1/2/3" + "   share" * toy)
     print(line("uncontrolled", math.nan, sample.figures(base, earned, clusters), None), flush=True)
     fits = []
-    for method in args.methods.split(","):
+    for method in methods:
         lam, gain, standardised = METHODS[method]
         value = train(rollout, rewards, lam, gain, standardised, seed=args.seed)
         fits.append(f"{method} {exact.r_squared(value, base):.4f}" if toy else "")
-        for nats in map(float, args.kl.split(",")):
+        for nats in map(float, budgets):
             step = step_for_kl(value, rollout.hidden, rollout.psi, rollout.mask, nats)
             radius = math.inf if method == "paper" else 1.0
             drawn, scores = rows(f"{method} {nats}", Controller(value, step_size=step, radius=radius))

@@ -67,7 +67,7 @@ class Exact:
         return transitions
 
     def r_squared(self, value, rollout):
-        """1 - squared error of V to the exact value over its variance, over all recorded states."""
+        """1 - squared error of V to the exact value over its variance, over the grammatical texts' states."""
         rows, columns = zip(*self.where)
         truth = torch.tensor([self.chain.value(state, self.n_tokens - t)
                               for state, t in zip(self.states, columns)])

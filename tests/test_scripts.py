@@ -66,7 +66,7 @@ def test_train_value_writes_a_value_net(trained, here, capsys):
     train_value.main([*TRAIN, "--out", "new/folder/value.safetensors"])
     out = capsys.readouterr().out
     assert (here / "new/folder/value.safetensors").read_bytes() == trained   # the same seed
-    for words in ("epoch  1", "held-out texts", "correlation", "calibration", "peak memory"):
+    for words in ("epoch  1", "held-out states", "correlation", "calibration", "peak memory"):
         assert words in out
     assert sorted(files(here)) == ["new/folder/value.safetensors", "out/value.safetensors"]
     train_value.main([*TRAIN, "--seed", "1"])
