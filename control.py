@@ -5,8 +5,9 @@ The control: before each draw, move the state uphill on V, inside a ball.
     y_t ~ softmax(W (h_t + s u_t)),  s <= 1 the largest with KL(p_su || p_0) <= max_kl   (kl_ball)
 
 approached by projected gradient ascent from u = 0. The default is one step: inside the ball u is then
-not the argmax but the KL-regularised optimum for the Q of value.py, which is linear in u. Source: "Aligning Large Language Models with
-Representation Editing: A Control Perspective" (arXiv 2406.05954), section 4.3.
+not the argmax but the KL-regularised optimum for the Q of value.py, which is linear in u. Source:
+"Aligning Large Language Models with Representation Editing: A Control Perspective" (arXiv 2406.05954),
+section 4.3.
 
     h, x    hidden, and (h - mean) / std: the coordinates of the ascent, those V was trained in
     u       the control signal, in the coordinates of h, as it is added before the head
@@ -37,7 +38,7 @@ def ascend(value, hidden, steps, step_size, radius):
     hidden (B, n_embd) -> u (B, n_embd), float32: `steps` steps of projected gradient ascent on V.
 
     Plain gradient steps: where V is flatter than elsewhere, u is smaller and less KL is spent. A
-    negative step_size descends. With z = W1 x + b1 and G = W1 W1^T, u = std * (W1^T A) is held as A (B, width):
+    negative step_size descends. With z = W1 x + b1, G = W1 W1^T and u = std * (W1^T A), A (B, width):
 
         a = w2 * phi'(z + dz)      dV/dx = W1^T a
         A += step_size * a         dz = G A,   ||u / std||^2 = A . dz
@@ -98,7 +99,8 @@ def step_for_kl(value, hidden, psi, mask, nats):
     v, q = value.q_values(hidden, psi)                         # q - v = dV/dx . psi_x = psi . u at step 1
     cost = ((q - v) ** 2 * mask).sum(1).mean().item() / 2
     if not 0 < cost < math.inf:
-        raise InputError(f"V has no usable gradient (a step of 1 costs {cost:g} nats a text); check the reward")
+        raise InputError(f"V has no usable gradient (a step of 1 costs {cost:g} nats a text); does the "
+                         f"reward vary?")
     return math.sqrt(nats / cost)
 
 

@@ -61,6 +61,7 @@ class Attention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x, layer, cache, positions, mask):
+        """x (B, T, n_embd) -> (B, T, n_embd), each row attending to itself and what came before."""
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                   # each (B, n_head, T, d)
@@ -132,7 +133,7 @@ class GPT(nn.Module):
         return F.linear(hidden.to(self.wte.weight.dtype), self.wte.weight).float()
 
     def fingerprint(self):
-        """sha256 of the final norm and the embedding as bfloat16: the same for a float32 and a bfloat16 load."""
+        """sha256 of the final norm and the embedding in bfloat16, the same for float32 and bfloat16."""
         digest = hashlib.sha256()
         for weight in (self.ln_f.weight, self.ln_f.bias, self.wte.weight):
             digest.update(weight.detach().bfloat16().view(torch.int16).cpu().numpy().tobytes())

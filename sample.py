@@ -3,7 +3,7 @@ Draw texts from a GPT-2 whose state is steered by a value function, beside uncon
 
     python sample.py                                         # the tiny model, after train_value.py
     python sample.py --model path/to/gpt2 --value out/gpt2.safetensors --prompt "The movie was"
-    python sample.py --model path/to/gpt2 --value out/gpt2.safetensors --prompts openings.txt --json out/texts.json
+    python sample.py --model path/to/gpt2 --value out/gpt2.safetensors --prompts openings.txt --json texts.json
 
 The first half is the sampler, `Sampler.step` its heart: read the state, find the control, draw a
 token, move the state on. One function for every device: eager on the CPU, on a GPU captured once as
@@ -80,7 +80,8 @@ class Sampler:
         kept = truncate(logits, self.decoding)
         u, controlled, kl = self.steer(h, kept)
         probs = controlled.softmax(-1)
-        token = draw(probs, self.uniforms.index_select(1, t)) if self.decoding.temperature else probs.argmax(-1)
+        greedy = self.decoding.temperature == 0
+        token = probs.argmax(-1) if greedy else draw(probs, self.uniforms.index_select(1, t))
         token = torch.where(self.alive, token, model.config.eos_token_id)                            # (B,)
         self.write(t, tokens=token, mask=self.alive, kl=kl,
                    logp=logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(-1))
@@ -253,8 +254,8 @@ def encode_prompts(model, encoder, texts):
         if not tokens:
             raise InputError("an empty prompt; give at least one word")
         if len(tokens) + 1 >= model.config.n_positions:
-            raise InputError(f"a prompt of {len(tokens)} tokens ({text[:40]!r} ..) leaves no room in the model's "
-                             f"context of {model.config.n_positions}; shorten it")
+            raise InputError(f"a prompt of {len(tokens)} tokens ({text[:40]!r} ..) leaves no room in the "
+                             f"model's context of {model.config.n_positions}; shorten it")
         prompts.append([model.config.bos_token_id] + tokens)
     return prompts
 
@@ -315,11 +316,11 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         add = self.add_argument
         add("--model", default="tests/toy", metavar="DIR", help="GPT-2: config.json, model.safetensors")
-        add("--prompt", action="append", metavar="TEXT", help="a prompt; may be given again (default: see --prompts)")
-        add("--prompts", metavar="FILE", help="one prompt a line, or HH-RLHF's .jsonl(.gz); "
-                                              "prompts.txt of the model's directory if neither is given")
+        add("--prompt", action="append", metavar="TEXT", help="a prompt; may be given again")
+        add("--prompts", metavar="FILE", help="one prompt a line, or HH-RLHF's .jsonl(.gz) "
+                                              "(default: prompts.txt in the model's directory)")
         add("--tokens", type=count, default=32, help="tokens drawn a text, at most")
-        add("--seed", type=number(int, 0, 2 ** 62), default=seed, help="of the draws; the same seed gives the same texts")
+        add("--seed", type=number(int, 0, 2 ** 62), default=seed, help="of the draws: same seed, same texts")
         add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1, cpu")
         add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model's weights")
         add("--batch", type=count, default=256, help="texts drawn side by side")
@@ -382,9 +383,10 @@ def check_writable(path):
         raise InputError(f"{path}: cannot be written ({error.strerror}); choose another file") from None
 
 
-def stream(encoder, eos):
+def stream(encoder, eos, beginning):
     """A `watch` for generate: prints the first row's tokens as they are drawn."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")     # a character may span tokens
+    print(f"\n{beginning}", end="", flush=True)
 
     def watch(tokens):
         if tokens[0] != eos:
@@ -393,68 +395,73 @@ def stream(encoder, eos):
 
 
 def parse_args(argv):
+    """The options; what only the model or the value net can tell is checked in main."""
     parser = Parser(__doc__, seed=1000)      # other draws than those V was trained on
     add = parser.add_argument
     add("--value", default="out/value.safetensors", metavar="FILE", help="from train_value.py")
-    add("--reward", metavar="NAME", help="sentiment or path/to/file.py:function "
-                                         "(default: what V was trained on)")
+    add("--reward", metavar="NAME", help="sentiment or path/to/file.py:function (default: what V was trained on)")
     add("--samples", type=count, default=100, help="texts a prompt")
     add("--show", type=number(int, 0, 2 ** 31), default=4, help="pairs of texts printed")
     add("--temperature", type=number(float, 0, 100), default=1.0, help="0: the most probable token")
-    add("--top-k", type=int, help="draw from the k most probable tokens only")
-    add("--top-p", type=number(float, 1e-6, 1), default=1.0, help="draw from the fewest tokens with this mass")
-    add("--only", action="store_true", help="skip the uncontrolled texts")
+    add("--top-k", type=int, help="draw from the k most probable tokens (and their equals) only")
+    add("--top-p", type=number(float, 1e-6, 1), default=1.0, help="draw from the fewest tokens of this mass")
     add("--json", metavar="FILE", help="write every text and figure there")
+    add("--only", action="store_true", help="skip the uncontrolled texts")
     add("--steps", type=count, default=1, help="of gradient ascent on V, a token")
-    add("--step-size", type=number(float, 0, 1e6), help="of all steps together, in gain / beta (default: saved with "
-                                                     "V, see NATS in train_value.py)")
-    add("--radius", type=number(float, 0, math.inf), help="of the ball around the state; 1: the typical distance of "
-                                                          "a state from the mean (default: saved with V)")
-    add("--max-kl", type=number(float, 0, math.inf), default=math.inf, help="budget of the control, nats a token")
+    add("--step-size", type=number(float, 0, 1e6), help="of all steps together, in gain / beta (default: saved "
+                                                        "with V, see NATS in train_value.py)")
+    add("--radius", type=number(float, 0, math.inf), help="of the ball around the state; 1: the typical distance "
+                                                          "of a state from the mean (default: saved with V)")
+    add("--max-kl", type=number(float, 0, math.inf), default=math.inf, help="of the control, nats a token")
     add("--sign", type=int, choices=(1, -1), default=1, help="-1 steers towards low V")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if 0 < args.temperature < 1e-3:
+        raise InputError(f"--temperature {args.temperature:g}: choose 0, the most probable token, or 0.001 up")
+    return args
+
+
+def load_control(args, model):
+    """-> the Controller that the options and the value net describe, and the reward to report."""
+    value = ValueNet.load(args.value, model)
+    info = value.info
+    if missing := {"reward", "method", "step_size", "radius"} - info.keys():
+        raise InputError(f"{args.value}: does not say its {', '.join(sorted(missing))}; train it again")
+    step_size = info["step_size"] if args.step_size is None else args.step_size
+    radius = info["radius"] if args.radius is None else args.radius
+    control = Controller(value, args.steps, args.sign * step_size / args.steps, radius, args.max_kl)
+    print(f"{args.value}: method {info['method']}, reward {info['reward']}; control: {args.steps} steps of "
+          f"{control.step_size:.3g}, radius {radius:g}, at most {args.max_kl:g} nats a token")
+    return control, load_reward(args.reward or info["reward"])
 
 
 def main(argv=None):
+    """Draw the texts without and with control, show pairs of them and what they earned and cost."""
     args = parse_args(argv)
     if args.json:
         check_writable(args.json)
     model, encoder, texts, prompts = load(args)
-    if args.top_k is not None and not 1 <= args.top_k <= model.config.n_vocab:
-        raise InputError(f"--top-k {args.top_k}: choose 1 to {model.config.n_vocab}, the size of the vocabulary")
-    value = ValueNet.load(args.value, model)
-    if missing := {"reward", "method", "step_size", "radius"} - value.info.keys():
-        raise InputError(f"{args.value}: does not say its {', '.join(sorted(missing))}; train it again")
-    reward = load_reward(args.reward or value.info["reward"])
-    step_size = value.info["step_size"] if args.step_size is None else args.step_size
-    radius = value.info["radius"] if args.radius is None else args.radius
-    control = Controller(value, args.steps, args.sign * step_size / args.steps, radius, args.max_kl)
+    n_vocab, eos = model.config.n_vocab, model.config.eos_token_id
+    if args.top_k is not None and not 1 <= args.top_k <= n_vocab:
+        raise InputError(f"--top-k {args.top_k}: choose 1 to {n_vocab}, the size of the vocabulary")
+    control, reward = load_control(args, model)
     decoding = Decoding(args.temperature, args.top_k, args.top_p)
-    print(f"{args.value}: method {value.info['method']}, reward {value.info['reward']}; control: {args.steps} "
-          f"steps of {control.step_size:.3g}, radius {radius:g}, at most {args.max_kl:g} nats a token")
-    if 0 < args.temperature < 1e-3:
-        raise InputError(f"--temperature {args.temperature:g}: choose 0, the most probable token, or 0.001 and more")
     rows = [prompt for prompt in prompts for _ in range(args.samples)]
     uniforms = uniform_table(len(rows), args.tokens, args.seed)
-    results = {}
+    results, table = {}, {}
     for label, how in [("uncontrolled", None)] * (not args.only) + [("controlled", control)]:
-        watch = None
-        if len(rows) == 1:
-            print(f"\n{label}: {texts[0]}", end="", flush=True)
-            watch = stream(encoder, model.config.eos_token_id)
+        watch = stream(encoder, eos, f"{label}: {texts[0]}") if len(rows) == 1 else None
         rollout = generate(model, rows, uniforms, decoding, how, batch=args.batch, watch=watch,
                            progress=progress(f"{label} texts"))
-        written = decode(encoder, rows, rollout, model.config.eos_token_id)
+        written = decode(encoder, rows, rollout, eos)
         results[label] = rollout, written, reward(written)
+        table[label] = figures(rollout, results[label][2])
+        if args.temperature == 0:                              # KL between point masses is not defined
+            table[label]["kl_token"] = table[label]["kl_text"] = math.nan
     if len(rows) > 1:
-        show_pairs(results, [i * len(rows) // max(args.show, 1) for i in range(min(args.show, len(rows)))])
-    table = {label: figures(rollout, scores) for label, (rollout, _, scores) in results.items()}
-    if args.temperature == 0:
-        for row in table.values():
-            row["kl_token"] = row["kl_text"] = math.nan
+        show_pairs(results, [i * len(rows) // args.show for i in range(min(args.show, len(rows)))])
     show(table)
     if args.json:
-        write_json(args.json, vars(args), texts, args.samples, results, table)
+        write_json(args.json, vars(args), [text for text in texts for _ in range(args.samples)], results, table)
 
 
 def show_pairs(results, rows):
@@ -465,15 +472,18 @@ def show_pairs(results, rows):
             print(f"{label:13}{scores[i]:+.2f}  {' '.join(written[i].split())}")
 
 
-def write_json(path, settings, prompts, samples, results, table):
-    """All of it, for machines; NaN (not defined) is written as null."""
-    clean = {label: {k: v if math.isfinite(v) else None for k, v in row.items()} for label, row in table.items()}
-    settings = {k: v if v != math.inf else None for k, v in settings.items()}
-    whole = {"settings": settings, **{label: {"figures": clean[label], "texts": [
-        {"prompt": prompts[i // samples], "text": text, "reward": score,
-         "kl": rollout.kl[i][rollout.mask[i]].sum().item() if clean[label]["kl_text"] is not None else None}
-        for i, (text, score) in enumerate(zip(written, scores))]}
-        for label, (rollout, written, scores) in results.items()}}
+def write_json(path, settings, prompts, results, table):
+    """All of it, for machines; what is not defined or has no bound is null."""
+    def clean(row):
+        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+    whole = {"settings": clean(settings)}
+    for label, (rollout, written, scores) in results.items():
+        kl = (rollout.kl * rollout.mask).sum(1).tolist()
+        entries = [{"prompt": prompt, "text": text, "reward": score,
+                    "kl": nats if math.isfinite(table[label]["kl_text"]) else None}
+                   for prompt, text, score, nats in zip(prompts, written, scores, kl)]
+        whole[label] = {"figures": clean(table[label]), "texts": entries}
     write_whole(path, [json.dumps(whole, indent=1).encode()])
 
 

@@ -80,7 +80,8 @@ def report(value, rollout, rewards):
     values, mask = value(rollout.hidden), rollout.mask
     outcome = rewards[:, None].expand_as(values)
     error, spread = (values - outcome)[mask].square().mean(), outcome[mask].var()
-    print(f"\nheld-out states: squared error of V to the outcome {error:.4f}, of the best constant {spread:.4f}")
+    print(f"\nheld-out states: squared error of V to the outcome {error:.4f}, "
+          f"of the best constant {spread:.4f}")
     print("correlation of V(h_t) with the outcome:", end="")
     longest = int(mask.sum(1).max())
     for t in sorted({0, longest // 8, longest // 4, longest // 2, 3 * longest // 4, longest - 1}):
@@ -98,19 +99,22 @@ def peak_memory(device):
     """Peak memory of this process, in MiB: the device's if it has its own, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
+    unit = 2 ** 20 if sys.platform == "darwin" else 2 ** 10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def parse_args(argv):
+    """The options, with the method's own lambda and gain filled in."""
     parser = Parser(__doc__, seed=0)
     add = parser.add_argument
     add("--out", default="out/value.safetensors", metavar="FILE", help="where V is saved")
     add("--reward", default="sentiment", metavar="NAME", help="sentiment or path/to/file.py:function")
-    add("--method", choices=METHODS, default="q", help="q: V and its gradient; plain: values alone; paper: values "
-                                                       "alone, one-step targets, raw states")
+    add("--method", choices=METHODS, default="q", help="q: V and its gradient; plain: values alone; paper: "
+                                                       "values alone, one-step targets, raw states, no ball")
     add("--lam", type=number(float, 0, 1), help="lambda of TD(lambda): 0 moves the reward back one token a "
                                                "pass, 1 is Monte Carlo (default: the method's)")
-    add("--gain", type=number(float, 0, 1e3), help="weight of the gradient in Q; 0: values alone (default: the method's)")
+    add("--gain", type=number(float, 0, 1e3), help="weight of the gradient in Q; 0: values alone "
+                                                   "(default: the method's)")
     add("--rollouts", type=number(int, 16, 2 ** 31), default=4000, help="texts to learn from")
     add("--held-out", type=number(int, 16, 2 ** 31), default=1000, help="texts to report on")
     add("--width", type=number(int, 1, 65536), default=128, help="of V's hidden layer")
@@ -125,6 +129,7 @@ def parse_args(argv):
 
 
 def main(argv=None):
+    """Rollouts, rewards, V; the report; the file; a few steered texts."""
     args = parse_args(argv)
     sample.check_writable(args.out)
     reward = load_reward(args.reward)
@@ -141,7 +146,7 @@ def main(argv=None):
     rolled_out = time.time()
     value = train(rollout, rewards, args.lam, args.gain, METHODS[args.method][2], args.width, args.epochs,
                   rate=args.rate, decay=args.decay, seed=args.seed,
-                  log=lambda epoch, loss: print(f"epoch {epoch + 1:2d}  Bellman error {loss:.4f}", flush=True))
+                  log=lambda epoch, loss: print(f"epoch {epoch + 1:2d}  Bellman error {loss:.4f}"))
     trained = time.time()
     held_out, outcome, _ = rolled(args.held_out, args.seed + 1, "held-out rollouts", record=True)
     report(value, held_out, outcome)
@@ -152,12 +157,13 @@ def main(argv=None):
                temperature=1.0, seed=args.seed, step_size=step_size, radius=radius)
     print(f"\n{args.out}: {sum(p.numel() for p in value.parameters()):,} parameters trained; rollouts "
           f"{rolled_out - started:.0f} s, training {trained - rolled_out:.0f} s, peak memory "
-          f"{peak_memory(model.wte.weight.device):.0f} MiB; a step of {step_size:.2f} costs about {NATS} nats a text")
+          f"{peak_memory(model.wte.weight.device):.0f} MiB; a step of {step_size:.2f} costs about {NATS} nats "
+          f"a text")
     few = min(max(len(prompts), 2), 4)
     pairs = {label: rolled(few, args.seed + 2, label, control=control) for label, control in
              (("uncontrolled", None), ("controlled", Controller(value, 1, step_size, radius)))}
-    sample.show_pairs({label: (drawn, texts, scores.tolist()) for label, (drawn, scores, texts) in pairs.items()},
-                      range(few))
+    sample.show_pairs({label: (drawn, texts, scores.tolist())
+                       for label, (drawn, scores, texts) in pairs.items()}, range(few))
 
 
 if __name__ == "__main__":

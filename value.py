@@ -99,7 +99,8 @@ class ValueNet(nn.Module):
         except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
             if isinstance(error, InputError):
                 raise
-            raise InputError(f"{path}: not a value net of this project; train one with train_value.py") from None
+            raise InputError(f"{path}: not a value net of this project; train one with "
+                             f"train_value.py") from None
         if info["n_embd"] != model.config.n_embd:
             raise InputError(f"{path}: a value net for states of {info['n_embd']} numbers, and this model's "
                              f"have {model.config.n_embd}; train one with train_value.py --model ..")
@@ -194,13 +195,15 @@ def checked(reward, name):
         try:
             result = [float(score) for score in reward(texts)]
         except Exception as error:  # the user's function may raise anything
-            raise InputError(f"--reward {name}: raised {type(error).__name__}: {error}; mend the file") from None
+            raise InputError(f"--reward {name}: raised {type(error).__name__}: {error}; "
+                             f"mend the file") from None
         if len(result) != len(texts):
             raise InputError(f"--reward {name}: returned {len(result)} scores for {len(texts)} texts; "
                              f"return one a text")
         for text, score in zip(texts, result):
             if not math.isfinite(score):
-                raise InputError(f"--reward {name}: returned {score} for {text[:60]!r}; return finite numbers")
+                raise InputError(f"--reward {name}: returned {score} for {text[:60]!r}; "
+                                 f"return finite numbers")
         return result
     return scores
 

@@ -36,7 +36,7 @@ def parse_args(argv):
     add("--reward", default="sentiment", help="sentiment or path/to/file.py:function")
     add("--rollouts", type=sample.number(int, 16, 2 ** 31), default=4000, help="texts to learn from")
     add("--samples", type=sample.number(int, 2, 2 ** 31), default=4000, help="texts a test prompt and row")
-    add("--kl", default="0.1,0.3,0.8,2", help="budgets aimed at, nats a text")
+    add("--kl", default="0.1,0.3,0.8,3", help="budgets aimed at, nats a text")
     add("--methods", default=",".join(METHODS), help="which of " + ", ".join(METHODS))
     add("--test-seed", type=sample.number(int, 0, 2 ** 62), default=1000, help="of the draws reported on")
     return parser.parse_args(argv)
@@ -47,7 +47,7 @@ def main(argv=None):
     reward = load_reward(args.reward)
     methods, budgets = args.methods.split(","), args.kl.split(",")
     if set(methods) - METHODS.keys() or not all(re.fullmatch(r"\d*\.?\d+", nats) for nats in budgets):
-        raise sample.InputError("--methods takes " + ",".join(METHODS) + " and --kl numbers, with commas between")
+        raise sample.InputError("--methods takes " + ",".join(METHODS) + " and --kl numbers, commas between")
     model, encoder, _, prompts = sample.load(args)
     tests = sample.encode_prompts(model, encoder, sample.read_prompts(args.test)) if args.test else prompts
     rollout, rewards, _ = roll_out(model, encoder, reward, prompts, args.rollouts, args.tokens, args.seed,
