@@ -36,7 +36,8 @@ def parse_args(argv):
     add("--reward", default="sentiment", help="sentiment or path/to/file.py:function")
     add("--rollouts", type=sample.number(int, 16, 2 ** 31), default=4000, help="texts to learn from")
     add("--samples", type=sample.number(int, 2, 2 ** 31), default=4000, help="texts a test prompt and row")
-    add("--kl", default="0.1,0.3,0.8,3", help="budgets aimed at, nats a text")
+    add("--kl", default="0.1,0.3,0.8,2", help="budgets aimed at, nats a text")
+    add("--radius", type=sample.number(float, 0, math.inf), default=2.0, help="of the ball; paper has none")
     add("--methods", default=",".join(METHODS), help="which of " + ", ".join(METHODS))
     add("--test-seed", type=sample.number(int, 0, 2 ** 62), default=1000, help="of the draws reported on")
     return parser.parse_args(argv)
@@ -74,7 +75,7 @@ def main(argv=None):
         fits.append(f"{method} {exact.r_squared(value, base):.4f}" if toy else "")
         for nats in map(float, budgets):
             step = step_for_kl(value, rollout.hidden, rollout.psi, rollout.mask, nats)
-            radius = math.inf if method == "paper" else 1.0
+            radius = args.radius if standardised else math.inf
             drawn, scores = rows(f"{method} {nats}", Controller(value, step_size=step, radius=radius))
             found = sample.figures(drawn, scores, clusters)
             gained = sample.mean_error(scores - earned, clusters)
