@@ -88,8 +88,8 @@ class Sampler:
         if self.control is not None:
             self.write(t, before=self.control.value(h), after=self.control.value(h + u))
         if self.record:
-            mean = probs.to(h.dtype) @ model.wte.weight                  # (B, n_vocab) -> (B, n_embd)
-            self.write(t, hidden=h + u, psi=(model.wte(token) - mean).float())
+            mean = probs @ model.wte.weight.float()                      # (B, n_vocab) -> (B, n_embd)
+            self.write(t, hidden=h + u, psi=model.wte(token) - mean)
         self.alive.logical_and_(token != model.config.eos_token_id)
         self.hidden.copy_(model(token[:, None], self.cache)[:, 0])
         t.add_(1)
@@ -303,8 +303,8 @@ def show(rows):
     for label, f in rows.items():
         cells = [f"{f[name]:.{digits}f}" if math.isfinite(f[name]) else "n/a" for name, digits in
                  (("kl_token", 4), ("kl_text", 3), ("perplexity", 2), ("before", 3), ("after", 3))]
-        print(f"{label:14}{f['reward']:8.3f} +-{f['error']:6.3f}{cells[0]:>11}{cells[1]:>11}{cells[2]:>12}"
-              f"{cells[3]:>10}{cells[4]:>9}   " + "/".join(f"{f[f'distinct_{n}']:.2f}" for n in (1, 2, 3)))
+        print(f"{label:14}{f['reward']:8.3f} +-{f['error']:6.3f}{cells[0]:>11} {cells[1]:>10} {cells[2]:>11}"
+              f" {cells[3]:>9} {cells[4]:>8}   " + "/".join(f"{f[f'distinct_{n}']:.2f}" for n in (1, 2, 3)))
 
 
 # -------------------------------------------------------------------------------------- the script
