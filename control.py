@@ -6,8 +6,8 @@ The control: before each draw, move the state uphill on V, inside a ball.
 
 approached by projected gradient ascent from u = 0. The default is one step: inside the ball u is then
 not the argmax but the KL-regularised optimum for the Q of value.py, which is linear in u. Source:
-"Aligning Large Language Models with Representation Editing: A Control Perspective" (arXiv 2406.05954),
-section 4.3.
+Kong et al. 2024, "Aligning Large Language Models with Representation Editing: A Control Perspective"
+(arXiv 2406.05954), its control at test time.
 
     h, x    hidden, and (h - mean) / std: the coordinates of the ascent, those V was trained in
     u       the control signal, in the coordinates of h, as it is added before the head

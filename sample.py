@@ -3,7 +3,7 @@ Draw texts from a GPT-2 whose state is steered by a value function, beside uncon
 
     python sample.py                                         # the tiny model, after train_value.py
     python sample.py --model path/to/gpt2 --value out/gpt2.safetensors --prompt "The movie was"
-    python sample.py --model path/to/gpt2 --value out/gpt2.safetensors --prompts openings.txt --json texts.json
+    python sample.py --model path/to/gpt2 --value out/gpt2.safetensors --prompts openings.txt
 
 The first half is the sampler, `Sampler.step` its heart: read the state, find the control, draw a
 token, move the state on. One function for every device: eager on the CPU, on a GPU captured once as
@@ -399,7 +399,7 @@ def parse_args(argv):
     parser = Parser(__doc__, seed=1000)      # other draws than those V was trained on
     add = parser.add_argument
     add("--value", default="out/value.safetensors", metavar="FILE", help="from train_value.py")
-    add("--reward", metavar="NAME", help="sentiment or path/to/file.py:function (default: what V was trained on)")
+    add("--reward", metavar="NAME", help="sentiment or path/to/file.py:function (default: V's own)")
     add("--samples", type=count, default=100, help="texts a prompt")
     add("--show", type=number(int, 0, 2 ** 31), default=4, help="pairs of texts printed")
     add("--temperature", type=number(float, 0, 100), default=1.0, help="0: the most probable token")
@@ -408,15 +408,15 @@ def parse_args(argv):
     add("--json", metavar="FILE", help="write every text and figure there")
     add("--only", action="store_true", help="skip the uncontrolled texts")
     add("--steps", type=count, default=1, help="of gradient ascent on V, a token")
-    add("--step-size", type=number(float, 0, 1e6), help="of all steps together, in gain / beta (default: saved "
-                                                        "with V, see NATS in train_value.py)")
-    add("--radius", type=number(float, 0, math.inf), help="of the ball around the state; 1: the typical distance "
-                                                          "of a state from the mean (default: saved with V)")
+    add("--step-size", type=number(float, 0, 1e6), help="of all steps together, in gain / beta (default: "
+                                                        "saved with V, see NATS in train_value.py)")
+    add("--radius", type=number(float, 0, math.inf), help="of the ball around the state; 1: the typical "
+                                                          "distance from the mean (default: saved with V)")
     add("--max-kl", type=number(float, 0, math.inf), default=math.inf, help="of the control, nats a token")
     add("--sign", type=int, choices=(1, -1), default=1, help="-1 steers towards low V")
     args = parser.parse_args(argv)
     if 0 < args.temperature < 1e-3:
-        raise InputError(f"--temperature {args.temperature:g}: choose 0, the most probable token, or 0.001 up")
+        raise InputError(f"--temperature {args.temperature:g}: choose 0 (most probable token) or 0.001 up")
     return args
 
 
@@ -461,7 +461,8 @@ def main(argv=None):
         show_pairs(results, [i * len(rows) // args.show for i in range(min(args.show, len(rows)))])
     show(table)
     if args.json:
-        write_json(args.json, vars(args), [text for text in texts for _ in range(args.samples)], results, table)
+        asked = [text for text in texts for _ in range(args.samples)]
+        write_json(args.json, vars(args), asked, results, table)
 
 
 def show_pairs(results, rows):

@@ -157,8 +157,8 @@ def main(argv=None):
                temperature=1.0, seed=args.seed, step_size=step_size, radius=radius)
     print(f"\n{args.out}: {sum(p.numel() for p in value.parameters()):,} parameters trained; rollouts "
           f"{rolled_out - started:.0f} s, training {trained - rolled_out:.0f} s, peak memory "
-          f"{peak_memory(model.wte.weight.device):.0f} MiB; a step of {step_size:.2f} costs about {NATS} nats "
-          f"a text")
+          f"{peak_memory(model.wte.weight.device):.0f} MiB; a step of {step_size:.2f} costs about {NATS} "
+          f"nats a text")
     few = min(max(len(prompts), 2), 4)
     pairs = {label: rolled(few, args.seed + 2, label, control=control) for label, control in
              (("uncontrolled", None), ("controlled", Controller(value, 1, step_size, radius)))}

@@ -4,8 +4,8 @@ V(h): the expected reward of the finished text, read off the hidden state; and t
     V(h_t) = E[V(h_{t+1})]          the Bellman equation of the uncontrolled system
     reward(text)                    stands in for V(h_{t+1}) where the text ends or is cut, both alike
 
-Source: "Aligning Large Language Models with Representation Editing: A Control Perspective"
-(arXiv 2406.05954), section 4.2.
+Source: Kong et al. 2024, "Aligning Large Language Models with Representation Editing: A Control
+Perspective" (arXiv 2406.05954), its value function.
 
     hidden  h_t, the state from which token y_t is drawn                     (B, T, n_embd)
     values  V(h_t)                                                            (B, T)
