@@ -272,9 +272,9 @@ def mean_error(scores, clusters=None):
     labels = torch.arange(len(scores)) if clusters is None else torch.as_tensor(clusters)
     sums = torch.zeros(int(labels.max()) + 1, dtype=torch.float64)
     sums.index_add_(0, labels, scores - scores.mean())
-    count = len(labels.unique())
-    error = sums.square().sum().sqrt() / len(scores) * math.sqrt(count / max(count - 1, 1))
-    return scores.mean().item(), error.item() if count > 1 else math.nan
+    groups = len(labels.unique())
+    error = sums.square().sum().sqrt() / len(scores) * math.sqrt(groups / max(groups - 1, 1))
+    return scores.mean().item(), error.item() if groups > 1 else math.nan
 
 
 def distinct(rollout, n):

@@ -23,7 +23,8 @@ the value of drawing y: one Bellman equation for states and tokens, Q(h_t, y_t) 
 averaged over y_t is the one above, as E[psi] = 0. Its KL-optimal policy, p(y) exp(Q(h, y) / beta), is
 exactly softmax(W (h + u)) with u_x = gain / beta * dV/dx: one gradient step. The same dV/dx has to fit
 how V changes along texts, where x moves far, and how the draw changes it, where psi_x is short; a gain
-above 1 lets a small dV/dx explain the draws, so that the two compete less. gain 0 is values alone.
+above 1 lets a small dV/dx explain the draws. That this is why it helps is a conjecture; that it helps
+was measured. gain 0 is values alone.
 
 Deviations from the paper: TD(lambda) instead of one step; Q instead of V in the loss; standardised
 states. `train_value.py --method paper` switches all three off, and the ball of control.py.
@@ -192,6 +193,7 @@ def load_reward(name):
 def checked(reward, name):
     """The user's reward, held to its contract: InputError where it raises or returns no scores."""
     def scores(texts):
+        """texts -> as many finite floats"""
         try:
             result = [float(score) for score in reward(texts)]
         except Exception as error:  # the user's function may raise anything
