@@ -11,6 +11,7 @@ Train a value function on the hidden states of a frozen GPT-2: rollouts -> rewar
 
 But: one round only, on the uncontrolled model's texts; where control leads far away, V extrapolates.
 """
+import argparse
 import math
 import resource
 import sys
@@ -24,11 +25,16 @@ from model import InputError
 from sample import Parser, count, generate, number, uniform_table
 from value import ValueNet, load_reward, value_loss
 
-# The baselines and ours: {name: (lambda, gain, standardised states?)}. One-step targets (lambda 0) carry
-# the reward back one token at a time through V itself: compare --lam 0 and 1 at --epochs 1.
-METHODS = {"q": (0.95, 5.0, True),          # ours: V and its gradient
-           "plain": (1.0, 0.0, True),       # values alone
-           "paper": (0.0, 0.0, False)}      # values alone, one-step targets, raw states, no ball
+# Ours and the baselines. The settings of each were chosen by tests/tune.py, as many tries each.
+# One-step targets (lam 0) carry the reward back one token at a time: compare --lam 0 and 1 at --epochs 1.
+METHODS = {
+    # V and its gradient
+    "q": dict(lam=0.95, gain=5.0, standardised=True, epochs=5, rate=3e-3, decay=1.0, width=128),
+    # values alone
+    "plain": dict(lam=1.0, gain=0.0, standardised=True, epochs=5, rate=3e-3, decay=1.0, width=128),
+    # values alone, one-step targets, raw states, no ball
+    "paper": dict(lam=0.0, gain=0.0, standardised=False, epochs=5, rate=3e-3, decay=1.0, width=128),
+}
 NATS = 0.5      # a text: the cost of the control whose step size is saved with V as sample.py's default
 
 
@@ -40,12 +46,13 @@ def roll_out(model, encoder, reward, prompts, samples, n_tokens, seed, **how):
     return rollout, torch.tensor(reward(texts), device=rollout.mask.device), texts
 
 
-def train(rollout, rewards, lam, gain, standardised, width=128, epochs=5, batch=64, rate=3e-3, decay=1.0,
-          seed=0, log=None):
+def train(rollout, rewards, lam, gain, standardised, epochs, rate, decay, width, batch=64, seed=0,
+          log=None):
     """
     Rollout of N texts and rewards (N,) -> a frozen ValueNet, by AdamW on batches of whole texts.
 
-    b2 starts at the mean reward, the best constant. `log(epoch, loss)` is called after each epoch.
+    `rate` is the peak learning rate, falling to 0 along a cosine; `decay` the decoupled weight decay. b2
+    starts at the mean reward, the best constant. `log(epoch, loss)` is called after each epoch.
     """
     torch.manual_seed(seed)
     states = rollout.hidden[rollout.mask]                      # (states, n_embd)
@@ -104,27 +111,27 @@ def peak_memory(device):
 
 
 def parse_args(argv):
-    """The options, with the method's own lambda and gain filled in."""
+    """The options, those not given filled in with the method's own."""
     parser = Parser(__doc__, seed=0)
     add = parser.add_argument
     add("--out", default="out/value.safetensors", metavar="FILE", help="where V is saved")
     add("--reward", default="sentiment", metavar="NAME", help="sentiment or path/to/file.py:function")
     add("--method", choices=METHODS, default="q", help="q: V and its gradient; plain: values alone; paper: "
                                                        "values alone, one-step targets, raw states, no ball")
-    add("--lam", type=number(float, 0, 1), help="lambda of TD(lambda): 0 moves the reward back one token a "
-                                               "pass, 1 is Monte Carlo (default: the method's)")
-    add("--gain", type=number(float, 0, 1e3), help="weight of the gradient in Q; 0: values alone "
-                                                   "(default: the method's)")
+    own = parser.add_argument_group("settings of training", "default: the method's own").add_argument
+    own("--lam", type=number(float, 0, 1), default=argparse.SUPPRESS,
+        help="lambda of TD(lambda): 0 moves the reward back one token a pass, 1 is Monte Carlo")
+    own("--gain", type=number(float, 0, 1e3), default=argparse.SUPPRESS,
+        help="weight of the gradient in Q; 0: values alone")
+    own("--epochs", type=count, default=argparse.SUPPRESS, help="passes over the rollouts")
+    own("--rate", type=number(float, 0, 10), default=argparse.SUPPRESS, help="peak learning rate")
+    own("--decay", type=number(float, 0, 100), default=argparse.SUPPRESS, help="weight decay, decoupled (AdamW)")
     add("--rollouts", type=number(int, 16, 2 ** 31), default=4000, help="texts to learn from")
     add("--held-out", type=number(int, 16, 2 ** 31), default=1000, help="texts to report on")
-    add("--width", type=number(int, 1, 65536), default=128, help="of V's hidden layer")
-    add("--epochs", type=count, default=5, help="passes over the rollouts")
-    add("--rate", type=number(float, 0, 10), default=3e-3, help="peak learning rate")
-    add("--decay", type=number(float, 0, 100), default=1.0, help="weight decay, decoupled (AdamW)")
+    own("--width", type=number(int, 1, 65536), default=argparse.SUPPRESS, help="of V's hidden layer")
     args = parser.parse_args(argv)
-    lam, gain, _ = METHODS[args.method]
-    args.lam = lam if args.lam is None else args.lam
-    args.gain = gain if args.gain is None else args.gain
+    for name, setting in METHODS[args.method].items():
+        setattr(args, name, getattr(args, name, setting))
     return args
 
 
@@ -144,16 +151,16 @@ def main(argv=None):
     print(f"{args.rollouts} rollouts of {args.tokens} tokens: mean reward {rewards.mean():.3f}, "
           f"standard deviation {rewards.std():.3f}")
     rolled_out = time.time()
-    value = train(rollout, rewards, args.lam, args.gain, METHODS[args.method][2], args.width, args.epochs,
-                  rate=args.rate, decay=args.decay, seed=args.seed,
+    settings = {name: getattr(args, name) for name in METHODS[args.method]}
+    value = train(rollout, rewards, **settings, seed=args.seed,
                   log=lambda epoch, loss: print(f"epoch {epoch + 1:2d}  Bellman error {loss:.4f}"))
     trained = time.time()
     held_out, outcome, _ = rolled(args.held_out, args.seed + 1, "held-out rollouts", record=True)
     report(value, held_out, outcome)
     step_size = step_for_kl(value, rollout.hidden, rollout.psi, rollout.mask, NATS)
-    radius = 1.0 if METHODS[args.method][2] else math.inf
+    radius = math.inf if args.method == "paper" else 1.0
     value.save(args.out, fingerprint=model.fingerprint(), model=str(args.model), method=args.method,
-               lam=args.lam, gain=args.gain, reward=args.reward, rollouts=args.rollouts, tokens=args.tokens,
+               **settings, reward=args.reward, rollouts=args.rollouts, tokens=args.tokens,
                temperature=1.0, seed=args.seed, step_size=step_size, radius=radius)
     print(f"\n{args.out}: {sum(p.numel() for p in value.parameters()):,} parameters trained; rollouts "
           f"{rolled_out - started:.0f} s, training {trained - rolled_out:.0f} s, peak memory "

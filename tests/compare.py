@@ -70,12 +70,11 @@ def main(argv=None):
     print(line("uncontrolled", math.nan, sample.figures(base, earned, clusters), None), flush=True)
     fits = []
     for method in methods:
-        lam, gain, standardised = METHODS[method]
-        value = train(rollout, rewards, lam, gain, standardised, seed=args.seed)
+        value = train(rollout, rewards, **METHODS[method], seed=args.seed)
         fits.append(f"{method} {exact.r_squared(value, base):.4f}" if toy else "")
         for nats in map(float, budgets):
             step = step_for_kl(value, rollout.hidden, rollout.psi, rollout.mask, nats)
-            radius = args.radius if standardised else math.inf
+            radius = math.inf if method == "paper" else args.radius
             drawn, scores = rows(f"{method} {nats}", Controller(value, step_size=step, radius=radius))
             found = sample.figures(drawn, scores, clusters)
             gained = sample.mean_error(scores - earned, clusters)

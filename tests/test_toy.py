@@ -97,7 +97,7 @@ def test_files_are_small():
 @pytest.fixture(scope="module")
 def nets(toy):
     *_, trained, rewards, _ = toy
-    return {name: train(trained, rewards, *METHODS[name]) for name in ("q", "plain")}
+    return {name: train(trained, rewards, **METHODS[name]) for name in ("q", "plain")}
 
 
 def test_v_is_the_exact_value(toy, nets):

@@ -1,0 +1,67 @@
+"""
+Choose each method's settings with equal care: as many random tries each, from the same ranges.
+
+    python tests/tune.py                                     # on the tiny model
+    python tests/tune.py --model path/to/imdb-mini --prompts train.txt --rollouts 6000
+
+A try is trained on one set of rollouts and scored on another, of other draws:
+
+    score   the gain a small step buys for its cost, gain = score * sqrt(2 KL): with g = step_size 1's u,
+            sum_t E[psi_t . g R] / sqrt(sum_t E[(psi_t . g)^2])
+
+The score is first order: it sees the direction of the control, not what happens where steps are long.
+No text is steered here, and nothing reported is drawn.
+"""
+import random
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import sample                                                                         # noqa: E402
+from train_value import METHODS, roll_out, train                                      # noqa: E402
+from value import load_reward                                                         # noqa: E402
+
+RANGES = {"epochs": [1, 2, 3, 5, 8], "rate": [3e-4, 1e-3, 3e-3, 1e-2], "decay": [0.0, 0.3, 1.0, 3.0],
+          "width": [64, 128, 256]}
+OWN = {"q": {"lam": [0.5, 0.8, 0.95, 1.0], "gain": [1.0, 2.0, 5.0, 10.0]},
+       "plain": {"lam": [0.5, 0.8, 0.95, 1.0]}, "paper": {}}      # what defines a method stays as it is
+
+
+def score(value, rollout, rewards):
+    """-> (score, its standard error): see above."""
+    v, q = value.q_values(rollout.hidden, rollout.psi)         # q - v = psi . u at step_size 1
+    effect = (q - v) * rollout.mask
+    scale = effect.square().sum(1).mean().sqrt()
+    return sample.mean_error(effect.sum(1) * (rewards - rewards.mean()) / scale)
+
+
+def main(argv=None):
+    parser = sample.Parser(__doc__, seed=500)                  # not compare.py's seeds
+    add = parser.add_argument
+    add("--reward", default="sentiment", help="sentiment or path/to/file.py:function")
+    add("--rollouts", type=sample.number(int, 16, 2 ** 31), default=4000, help="texts to learn from")
+    add("--held-out", type=sample.number(int, 16, 2 ** 31), default=4000, help="texts to score on")
+    add("--tries", type=sample.count, default=24, help="a method")
+    args = parser.parse_args(argv)
+    reward = load_reward(args.reward)
+    model, encoder, _, prompts = sample.load(args)
+    (rollout, rewards, _), (held_out, outcome, _) = [
+        roll_out(model, encoder, reward, prompts, samples, args.tokens, seed, batch=args.batch, record=True,
+                 progress=sample.progress("rollouts"))
+        for samples, seed in ((args.rollouts, args.seed), (args.held_out, args.seed + 1))]
+    for method in METHODS:
+        rng, tried = random.Random(0), []                      # the same tries of the shared ranges
+        for _ in range(args.tries):
+            drawn = {name: rng.choice(options) for name, options in RANGES.items()}
+            own = random.Random(rng.random())
+            drawn |= {name: own.choice(options) for name, options in OWN[method].items()}
+            value = train(rollout, rewards, **{**METHODS[method], **drawn}, seed=args.seed)
+            tried.append((*score(value, held_out, outcome), drawn))
+            print(f"{method:6}{tried[-1][0]:7.3f} +- {tried[-1][1]:.3f}  "
+                  + "  ".join(f"{name} {setting:g}" for name, setting in drawn.items()), flush=True)
+        best = max(tried, key=lambda row: row[0])
+        print(f"{method:6}{best[0]:7.3f} is the best of {args.tries}: {best[2]}\n", flush=True)
+
+
+if __name__ == "__main__":
+    sample.run(main)
