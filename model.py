@@ -7,26 +7,28 @@ A language model is a discrete-time stochastic dynamical system:
     output      logits_t = W h_t,  W the token embedding (tied head)     model.unembed(h) (B, T, n_vocab)
     dynamics    y_t ~ softmax(logits_t),  h_{t+1} = f(h_t, y_t)          model(y_t, cache)
 
-Most implementations return logits and hide the state; here the model returns its *state* and the
-step from state to logits is the caller's, because everything this project does happens in between:
-V(h_t) is read there and the control u_t is added there, logits_t = W (h_t + u_t).
+Most implementations hide the state. Here the step from state to logits is the caller's, because all this
+project does happens there: V(h_t) is read, the control u_t is added, logits_t = W (h_t + u_t).
 
-The network is the one OpenAI published (Radford et al. 2019): pre-norm blocks, learned positions,
-gelu in its tanh form, weights shared between embedding and head. Module names are the public
-checkpoint's, so loading is one table and no renaming. Inference only: the weights are frozen.
-
-But: no dropout, no training of the GPT itself, no sharded or pickled checkpoints, no download
-(`from_pretrained` takes a directory).
+The network is the one OpenAI published (Radford et al. 2019), its module names the public checkpoints'.
+Below it: reading weights, and fetching them. But: inference only; no sharded or pickled checkpoints.
 """
+import fcntl
 import hashlib
+import http.client
 import json
 import math
 import mmap
 import os
+import re
+import sys
+import time
+import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.error import HTTPError, URLError
+from urllib.parse import urlsplit
 
-import tiktoken
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -110,10 +112,8 @@ class GPT(nn.Module):
     def forward(self, tokens, cache=None, lengths=None):
         """
         tokens (B, T) -> hidden (B, T, n_embd), the state from which each next token is drawn.
-
-        Without a cache: one causal pass. With one: the tokens continue each row from where it
-        stands. Rows of different length are padded on the right; `lengths` (B,) says how many
-        tokens of each row are real (all, if None). States at padding mean nothing.
+        Without a cache: one causal pass. With one: the tokens continue each row. Rows are padded on the
+        right; `lengths` (B,) of their tokens are real (None: all). States at padding mean nothing.
         """
         positions, mask = torch.arange(tokens.size(1), device=tokens.device), None
         if cache is not None:
@@ -132,31 +132,18 @@ class GPT(nn.Module):
         """hidden (..., n_embd) -> logits (..., n_vocab) = W hidden: in W's dtype, handed on as float32."""
         return F.linear(hidden.to(self.wte.weight.dtype), self.wte.weight).float()
 
-    def fingerprint(self):
-        """sha256 of the final norm and the embedding in bfloat16, the same for float32 and bfloat16."""
-        digest = hashlib.sha256()
-        for weight in (self.ln_f.weight, self.ln_f.bias, self.wte.weight):
-            digest.update(weight.detach().bfloat16().view(torch.int16).cpu().numpy().tobytes())
-        return digest.hexdigest()
-
     @classmethod
-    def from_pretrained(cls, directory, device="cpu", dtype=torch.float32):
-        """A frozen GPT-2 from a directory holding config.json and model.safetensors."""
-        model = cls._empty(read_config(directory))
-        load_weights(model, find_weights(directory), device, dtype)
-        return model.eval().requires_grad_(False)
-
-    @classmethod
-    def _empty(cls, config):
+    def from_pretrained(cls, name, device="cpu", dtype=torch.float32, extra=()):
+        """A frozen GPT-2: a directory or a model of the hub. Tensors named in `extra` end in model.extra."""
         with torch.device("meta"):                             # shapes only: no memory, no init
-            return cls(config)
+            model = cls(read_config(name))
+        model.extra = load_weights(model, name, device, dtype, extra)
+        return model.eval().requires_grad_(False)
 
 
 class Cache:
     """
-    Keys and values of every layer, allocated once for `size` tokens a row.
-
-    lengths (B,) are the tokens each row holds: the next token of row b goes to slot lengths[b].
+    Keys and values of every layer, allocated once for `size` tokens a row; row b holds lengths[b] so far.
     A padded slot is masked until a real token overwrites it, so rows never see their neighbours.
     `span` is the host's bound on lengths.max(): attention reads that many slots, not all.
     """
@@ -178,227 +165,235 @@ class Cache:
 
 # ------------------------------------------------------------------------- configuration, weights
 
-def read_config(directory):
-    """config.json -> Config. InputError where it asks for a network this file does not implement."""
-    path = Path(directory) / "config.json"
-    if not Path(directory).is_dir():
-        raise InputError(f"{directory}: no such directory; --model takes a directory holding "
-                         f"config.json and model.safetensors")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; is {directory} a GPT-2 checkpoint?") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read as JSON ({error}); fetch it again") from None
-    if not isinstance(raw, dict):
-        raise InputError(f"{path}: holds no JSON object; fetch it again")
-    implemented = {"model_type": "gpt2", "scale_attn_weights": True, "add_cross_attention": False,
-                   "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True}
-    for key, value in implemented.items():
-        if raw.get(key, value) != value:
-            raise InputError(f"{path}: {key} is {raw[key]!r}, and only {value!r} is implemented; "
-                             f"choose a plain GPT-2 model")
-    if raw.get("activation_function", "gelu_new") not in ("gelu_new", "gelu_pytorch_tanh"):
-        raise InputError(f"{path}: activation_function is {raw['activation_function']!r}, and only "
-                         f"'gelu_new' is implemented; choose a plain GPT-2 model")
-    sizes = {name: raw.get(key) for name, key in (
-        ("n_vocab", "vocab_size"), ("n_positions", "n_positions"), ("n_embd", "n_embd"),
-        ("n_layer", "n_layer"), ("n_head", "n_head"))}
-    if raw.get("n_inner"):
-        sizes["n_inner"] = raw["n_inner"]
-    for name, size in sizes.items():
-        if type(size) is not int or size < 1:
-            raise InputError(f"{path}: {name} is {size!r}, not a positive integer; fetch it again")
-    sizes.setdefault("n_inner", 4 * sizes["n_embd"])
-    if sizes["n_embd"] % sizes["n_head"]:
-        raise InputError(f"{path}: n_embd {sizes['n_embd']} is not a multiple of n_head "
-                         f"{sizes['n_head']}; fetch it again")
-    ends = [raw.get(key, sizes["n_vocab"] - 1) for key in ("bos_token_id", "eos_token_id")]
-    if not all(type(end) is int and 0 <= end < sizes["n_vocab"] for end in ends):
-        raise InputError(f"{path}: bos/eos_token_id {ends} lie outside the vocabulary of "
-                         f"{sizes['n_vocab']}; fetch it again")
-    eps = raw.get("layer_norm_epsilon", 1e-5)
-    if type(eps) not in (int, float) or not 0 <= eps < 1:
-        raise InputError(f"{path}: layer_norm_epsilon is {eps!r}, not a small positive number; "
-                         f"fetch it again")
-    return Config(**sizes, eps=eps, bos_token_id=ends[0], eos_token_id=ends[1])
-
-
-def find_weights(directory):
-    """The directory's model.safetensors, or one line saying what it holds instead."""
-    directory = Path(directory)
-    if (directory / "model.safetensors").is_file():
-        return directory / "model.safetensors"
-    for other, why in (("model.safetensors.index.json", "its weights are sharded over several files"),
-                       ("pytorch_model.bin", "pickled weights can run code when they are read")):
-        if (directory / other).exists():
-            raise InputError(f"{directory}: only {other} is there, and {why}; "
-                             f"save the model as one model.safetensors")
-    raise InputError(f"{directory / 'model.safetensors'}: no such file; fetch it beside config.json")
-
-
+# What config.json may ask for: {key: what is implemented, that of a file without the key first}.
+IMPLEMENTED = {"model_type": ("gpt2",), "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+               "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
+               "add_cross_attention": (False,), "tie_word_embeddings": (True,)}
+SIZES, ENDS = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head"), ("bos_token_id", "eos_token_id")
 # OpenAI stored these four as (in, out), a 1x1 convolution's way; nn.Linear wants (out, in).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-# Constants that old checkpoints carry along: the causal mask and the value behind it.
-IGNORED = (".attn.bias", ".attn.masked_bias")
-HEAD = "lm_head.weight"      # where it is repeated, it must repeat wte
+IGNORED = (".attn.bias", ".attn.masked_bias")      # the causal mask, a constant in old checkpoints
 
 
-def load_weights(model, path, device, dtype):
-    """Fill the model from a public GPT-2 checkpoint; InputError lists every name that is off."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    loaded, head, off, met = {}, None, [], set()
-    for name, tensor in read_safetensors(path):
-        name = name.removeprefix("transformer.")
-        if name.endswith(IGNORED):
-            continue
-        if name.endswith(TRANSPOSED) and tensor.dim() == 2:
-            tensor = tensor.T
-        met.add(name)
-        if name == HEAD:
-            head = tensor
-        elif name not in wanted:
-            off.append(f"unexpected {name}")
-        elif tuple(tensor.shape) != wanted[name]:
-            off.append(f"{name} is {tuple(tensor.shape)}, not {wanted[name]}")
-        elif not tensor.is_floating_point():
-            off.append(f"{name} holds {tensor.dtype}, not floating point")
-        else:
-            loaded[name] = tensor.to(device, dtype).contiguous()
-    off += [f"missing {name}" for name in wanted if name not in met]
+def read_config(name):
+    """config.json -> Config. InputError where it asks for a network this file does not implement."""
+    raw = read_json(path := find(name, "config.json"))
+    off = [key for key, values in IMPLEMENTED.items() if raw.get(key, values[0]) not in values]
+    off += [key for key in SIZES if type(raw.get(key)) is not int or raw[key] < 1]
+    if not off:
+        last, inner = raw["vocab_size"] - 1, raw.get("n_inner") or 4 * raw["n_embd"]
+        ends, eps = [raw.get(key, last) for key in ENDS], raw.get("layer_norm_epsilon", 1e-5)
+        off += ["n_head"] * (raw["n_embd"] % raw["n_head"] > 0)
+        off += ["n_inner"] * (type(inner) is not int or inner < 1)
+        off += ["layer_norm_epsilon"] * (type(eps) not in (int, float) or not 0 <= eps < 1)
+        off += [key for key, end in zip(ENDS, ends) if type(end) is not int or not 0 <= end <= last]
     if off:
-        raise InputError(f"{path}: not the weights config.json describes: {', '.join(off)}; "
-                         f"fetch both files from one model")
-    if head is not None and not torch.equal(head.to(device, dtype), loaded["wte.weight"]):
-        raise InputError(f"{path}: {HEAD} differs from wte.weight, and only a tied head is "
-                         f"implemented; choose a plain GPT-2 model")
-    model.load_state_dict(loaded, assign=True)
+        raise InputError(f"{path}: {', '.join(f'{key} is {raw.get(key)!r}' for key in off)}: no plain GPT-2; "
+                         f"choose another model, or fetch it again")
+    return Config(*(raw[key] for key in SIZES), inner, eps, *ends)
 
 
-# ------------------------------------------------------------------------------------- safetensors
-# The format: 8 bytes little-endian header length, a JSON header, the tensors' bytes one after the
-# other. The header: {"name": {"dtype": "F32", "shape": [..], "data_offsets": [begin, end]}, ..,
-# "__metadata__": {str: str}}. https://github.com/huggingface/safetensors
+def load_weights(model, name, device, dtype, extra):
+    """Fill the model from a public checkpoint, every name and shape checked -> {name: tensor} of `extra`."""
+    path, state = find(name, "model.safetensors"), {}
+    for key, tensor in read_safetensors(path):
+        key = key.removeprefix("transformer.")
+        if key.endswith(TRANSPOSED) and tensor.dim() == 2:
+            tensor = tensor.T
+        if not key.endswith(IGNORED):
+            state[key] = tensor.to(device, dtype).contiguous()
+    head, extra = state.pop("lm_head.weight", None), {key: state.pop(key, None) for key in extra}
+    off = [f"missing {key}" for key, tensor in extra.items() if tensor is None]
+    if head is not None and not torch.equal(head, state.get("wte.weight", head)):
+        off.append("lm_head.weight differs from wte.weight, and only a tied head is implemented")
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as error:                              # lists every name that is off
+        off.append(str(error))
+    if off:
+        raise InputError(f"{path}: not the weights wanted: {'; '.join(off)}; choose a plain GPT-2 model")
+    return extra
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-          "U8": torch.uint8, "BOOL": torch.bool, "I64": torch.int64}
+
+# --------------------------------------------------------------------------- JSON and safetensors
+# 8 bytes little-endian header length, a JSON header, the tensors' bytes one after the other. The header:
+# {"name": {"dtype": "F32", "shape": [..], "data_offsets": [begin, end]}, .., "__metadata__": {str: str}}.
+# https://github.com/huggingface/safetensors
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64":
+          torch.int64, "I32": torch.int32, "U8": torch.uint8, "I8": torch.int8, "BOOL": torch.bool}
 
 
-def extent(*numbers):
-    """The numbers, if each is a whole number that fits 63 bits; else ValueError."""
-    if not all(type(n) is int and 0 <= n < 2 ** 63 for n in numbers):
-        raise ValueError(f"{numbers} are no extent")
-    return numbers
+def parse_json(data):
+    """UTF-8 bytes -> the JSON object in them. ValueError for anything else, a repeated name, NaN."""
+    def once(pairs):
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a name is given twice")
+        return dict(pairs)
+    for start, what in ((b"version https://git-lfs", "Git-LFS pointer"), (b"<", "web page")):
+        if data.lstrip().startswith(start):
+            raise ValueError(f"a {what} lies in its place")
+    parsed = json.loads(data.decode("utf-8"), object_pairs_hook=once, parse_constant=int)   # int("NaN") raises
+    if not isinstance(parsed, dict):
+        raise ValueError("no JSON object")
+    return parsed
+
+
+def read_json(path):
+    try:
+        return parse_json(Path(path).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); fetch it again") from None
 
 
 def read_header(path):
     """path -> (header, metadata, offset of the data). Every extent is checked against the file."""
-    size = os.path.getsize(path)
+    size, end = os.path.getsize(path), 0
     with open(path, "rb") as file:
-        start = file.read(8)
-        length = int.from_bytes(start, "little")
-        if len(start) < 8 or length > min(100_000_000, size - 8):
-            raise InputError(f"{path}: not a whole safetensors file ({size} bytes); fetch it again")
+        start = file.read(64)
+        length = int.from_bytes(start[:8], "little")
         try:
-            header = json.loads(file.read(length).decode("utf-8"))
+            if len(start) < 8 or length > min(100_000_000, size - 8):
+                raise ValueError(f"its header cannot be: {parse_json(start)}")
+            file.seek(8)
+            header = parse_json(file.read(length))
             metadata = dict(header.pop("__metadata__", {}))
-            entries = sorted((*extent(*entry["data_offsets"]), str(entry["dtype"]),
-                              extent(*entry["shape"])) for entry in header.values())
-            if any(len(entry) != 4 for entry in entries):
-                raise ValueError("an extent is a beginning and an end")
+            for (begin, stop), shape, dtype in sorted(
+                    (entry["data_offsets"], entry["shape"], entry["dtype"]) for entry in header.values()):
+                if type(shape) is not list or len(shape) > 8 or math.prod(n or 1 for n in shape) >= 2 ** 63 or any(
+                        type(n) is not int or n < 0 for n in (begin, stop, *shape)):
+                    raise ValueError("a tensor's extent is none")
+                if begin != end or stop - begin != math.prod(shape) * DTYPES[dtype].itemsize:
+                    raise ValueError("the tensors' extents do not fit together")
+                end = stop
+            if 8 + length + end != size:
+                raise ValueError(f"{size} bytes where the header promises {8 + length + end}")
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise InputError(f"{path}: its safetensors header is corrupt "
-                             f"({type(error).__name__}); fetch it again") from None
-    end = 0
-    for begin, stop, dtype, shape in entries:
-        if dtype not in DTYPES:
-            raise InputError(f"{path}: holds a tensor of type {dtype!r}; only {', '.join(DTYPES)} are read")
-        if begin != end or stop - begin != math.prod(shape) * DTYPES[dtype].itemsize:
-            raise InputError(f"{path}: its tensors' extents do not fit together; fetch it again")
-        end = stop
-    if 8 + length + end != size:
-        raise InputError(f"{path}: {size} bytes where its header promises {8 + length + end}; "
-                         f"the file is cut off or damaged: fetch it again")
+            raise InputError(f"{path}: not a whole safetensors file ({type(error).__name__}: {error}); "
+                             f"fetch it again") from None
     return header, metadata, 8 + length
 
 
 def read_safetensors(path):
-    """Yield (name, tensor) one at a time, each a copy of its own out of the mapped file."""
+    """Yield (name, tensor) one at a time, read straight into pages of its own, which go back when it does."""
     header, _, offset = read_header(path)
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+    with open(path, "rb") as file:
         for name, entry in header.items():
-            begin, end = (offset + extent for extent in entry["data_offsets"])
-            data = bytearray(mapped[begin:end])                # aligned, whatever the file is
-            flat = torch.frombuffer(data, dtype=DTYPES[entry["dtype"]]) if data else \
-                torch.empty(0, dtype=DTYPES[entry["dtype"]])
-            yield name, flat.view(tuple(entry["shape"]))
+            begin, end = entry["data_offsets"]
+            pages = mmap.mmap(-1, max(end - begin, 1))         # malloc would keep them, in pieces: half as
+            file.seek(offset + begin)                          # much again for a model in bfloat16
+            if file.readinto(memoryview(pages)[:end - begin]) < end - begin:
+                raise InputError(f"{path}: changed while it was read; try again")
+            flat = torch.frombuffer(pages, dtype=torch.uint8)[:end - begin].view(DTYPES[entry["dtype"]])
+            yield name, flat.view(entry["shape"])
 
 
-def write_safetensors(path, tensors, metadata):
-    """Write tensors and {str: str} metadata; the file appears whole or not at all."""
-    names = {dtype: name for name, dtype in DTYPES.items()}
-    header, chunks, offset = {"__metadata__": metadata}, [], 0
-    for name, tensor in tensors.items():
-        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape),
-                        "data_offsets": [offset, offset + len(data)]}
-        chunks.append(data)
-        offset += len(data)
-    text = json.dumps(header).encode()
-    write_whole(path, [len(text).to_bytes(8, "little"), text, *chunks])
+# ----------------------------------------------------------------------- files: directory, cache, hub
+# A model is a directory, or a name on the hub. What is cached there is used, what is fetched is kept there:
+# models--org--name/refs/main holds a commit, models--org--name/snapshots/<commit>/<file> are the files.
+
+PUBLIC = {f"gpt2{size}": f"openai-community/gpt2{size}" for size in ("", "-medium", "-large", "-xl")}
+PUBLIC["distilgpt2"] = "distilbert/distilgpt2"
+OFFLINE, TIMEOUT = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"), 30      # seconds without a byte
 
 
-def write_whole(path, chunks):
-    """Write the bytes; whatever interrupts it, `path` holds all of the new or all of the old."""
-    temporary = Path(f"{path}.{os.getpid()}.part")
-    try:
-        with open(temporary, "wb") as file:
-            file.writelines(chunks)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-# --------------------------------------------------------------------------------------- tokenizer
-
-# How GPT-2 cuts text into pieces before pairs are merged: contractions, words, numbers, signs.
-PIECES = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-
-
-def load_tokenizer(directory):
-    """The directory's own vocab.json, or GPT-2's byte pairs where it has none and needs those."""
-    path = Path(directory) / "vocab.json"
-    if path.is_file():
+def find(name, file, optional=False):
+    """The path of a model's file, fetched if need be; None where a model lacks an optional one."""
+    name, env = str(name), os.environ.get
+    home = Path(env("HF_HOME") or Path(env("XDG_CACHE_HOME") or "~/.cache", "huggingface")).expanduser()
+    cache = Path(env("HF_HUB_CACHE") or home / "hub").expanduser()
+    aliases = [name] + [other for pair in PUBLIC.items() if name in pair for other in pair]
+    folders = [cache / f"models--{alias.replace('/', '--')}" for alias in aliases]
+    places = [folder / "snapshots" / text_of(folder / "refs/main") for folder in folders]
+    if local := Path(name).is_dir():
+        places = [Path(name)]
+    elif not re.fullmatch(r"(?!.*\.\.)\w[\w.-]*(/\w[\w.-]*)?", name):
+        raise InputError(f"{name}: no such directory, nor a name of the hub; check it")
+    found = next((place / file for place in places if os.path.isfile(place / file)), None)
+    if not found and not local:
         try:
-            vocabulary = json.loads(path.read_text(encoding="utf-8"))
-            special = {t: i for t, i in vocabulary.items() if t.startswith("<|") and t.endswith("|>")}
-            ranks = {bytes(BYTES[c] for c in t): i for t, i in vocabulary.items() if t not in special}
-            if any(type(i) is not int or not 0 <= i < 2 ** 31 for i in vocabulary.values()) \
-                    or len(set(vocabulary.values())) < len(vocabulary):
-                raise ValueError("the ids are not different whole numbers")
-        except (OSError, ValueError, KeyError, AttributeError, RecursionError) as error:
-            raise InputError(f"{path}: not a GPT-2 vocabulary ({type(error).__name__}); "
-                             f"fetch it again") from None
-        if any(bytes([b]) not in ranks for b in range(256)):
-            raise InputError(f"{path}: some of the 256 single bytes are missing; fetch it again")
-        return tiktoken.Encoding(str(path), pat_str=PIECES, mergeable_ranks=ranks,
-                                 special_tokens=special)
-    n_vocab = read_config(directory).n_vocab
-    if n_vocab != 50257:
-        raise InputError(f"{directory}: {n_vocab} tokens and no vocab.json to name them; fetch it")
+            if {str(env(flag)).lower() for flag in OFFLINE} & {"1", "on", "yes", "true"}:
+                raise ConnectionError("HF_HUB_OFFLINE is set: unset it")
+            token = env("HF_TOKEN") or text_of(Path(env("HF_TOKEN_PATH") or home / "token"))
+            found = fetch(name, file, folders[0], env("HF_ENDPOINT") or "https://huggingface.co", token)
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            mend = ("check the name, or set HF_TOKEN" if isinstance(error, HTTPError) else
+                    "try again, or set HF_ENDPOINT to a mirror, or HF_HUB_CACHE to a cache that has it"
+                    if isinstance(error, (URLError, ConnectionError, TimeoutError)) else
+                    "make room, or set HF_HUB_CACHE to another directory")
+            raise InputError(f"{name}: no directory here, and {file} is not in {cache} nor can be fetched into "
+                             f"it ({error}); {mend}") from None
+    if not found and not optional:
+        raise InputError(f"{name}: has no {file}; a model is a config.json and a model.safetensors (no sharded "
+                         f"model.safetensors.index.json, no pickled pytorch_model.bin), here or on the hub")
+    return found
+
+
+def text_of(path):
+    """The text of a small file, "" where there is none."""
+    return path.read_text(errors="replace").strip() if os.path.isfile(path) else ""
+
+
+class Redirect(urllib.request.HTTPRedirectHandler):
+    """Follow redirects, take the token to no other host, and keep what every hop tells of the file."""
+    told = {}
+
+    def redirect_request(self, request, answer, code, message, headers, url):
+        self.told = self.told | {key.lower(): text for key, text in headers.items()}
+        after = super().redirect_request(request, answer, code, message, headers, url)
+        if urlsplit(url)[:2] != urlsplit(request.full_url)[:2]:
+            after.headers.pop("Authorization", None)
+        return after
+
+
+def ask(url, headers):
+    """GET -> (response, {header: text} of all hops)"""
+    hops, request = Redirect(), urllib.request.Request(url, headers=headers)
+    response = urllib.request.build_opener(hops).open(request, timeout=TIMEOUT)
+    return response, hops.told | {key.lower(): text for key, text in response.headers.items()}
+
+
+def fetch(name, file, folder, endpoint, token):
+    """A file of a model from the hub into its folder of the cache -> its path; None if it has none."""
+    ref, headers = folder / "refs/main", {"Authorization": f"Bearer {token}"} if token else {}
+    url = f"{endpoint.rstrip('/')}/{PUBLIC.get(name, name)}/resolve/{text_of(ref) or 'main'}/{file}"
     try:
-        return tiktoken.get_encoding("gpt2")
-    except Exception as error:   # tiktoken fetches through requests: any of its errors may come
-        raise InputError(f"GPT-2's vocabulary is not cached and cannot be fetched "
-                         f"({type(error).__name__}); set TIKTOKEN_CACHE_DIR to a folder that has "
-                         f"it, or put GPT-2's vocab.json into {directory}") from None
-
-
-def _byte_characters():
-    """The printable character by which GPT-2's vocab.json writes each byte: {character: byte}."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-
-
-BYTES = _byte_characters()
+        response, told = ask(url, headers)
+    except HTTPError as error:
+        if error.code == 404:
+            return None
+        raise
+    commit, etag = told.get("x-repo-commit", ""), told.get("x-linked-etag", told.get("etag", "")).strip('W/"')
+    size = int(told.get("x-linked-size", told.get("content-length", -1)))
+    if not re.fullmatch("[0-9a-f]{40}", commit) or not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", etag):
+        raise ConnectionError(f"{endpoint} does not answer like the hub")
+    path, began = folder / "snapshots" / commit / file, time.time()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ref.parent.mkdir(exist_ok=True)
+    with open(f"{path}.{etag}.part", "a+b") as part:
+        fcntl.flock(part, fcntl.LOCK_EX)                       # another process at it: wait, then use its
+        if not path.exists():
+            had = have = part.seek(0, 2)
+            if 0 < had < size:                                 # a transfer that broke: ask for the rest
+                response, _ = ask(url, {**headers, "Range": f"bytes={had}-"})
+            if response.status != 206:
+                had = have = part.truncate(0)
+            for chunk in iter(lambda: response.read1(2 ** 20), b""):
+                have += part.write(chunk)
+                if sys.stderr.isatty():
+                    speed = (have - had) / (time.time() - began)
+                    print(f"\r{file}: {have / 1e6:.0f} of {size / 1e6:.0f} MB, {speed / 1e6:.1f} MB/s, "
+                          f"{(size - have) / speed:.0f} s left ", end="\n" * (have == size), file=sys.stderr)
+            part.seek(0)
+            digest = hashlib.sha256() if len(etag) == 64 else hashlib.sha1(b"blob %d\0" % size)     # as git's
+            for chunk in iter(lambda: part.read(2 ** 20), b""):
+                digest.update(chunk)
+            if have < size:
+                raise ConnectionError(f"the transfer broke at {have} of {size} bytes, and goes on from there")
+            if digest.hexdigest() != etag:
+                part.truncate(0)
+                raise ConnectionError(f"what {endpoint} sent has another hash than it announced")
+            os.replace(part.name, path)
+        Path(part.name).unlink(missing_ok=True)
+    ref.write_text(commit)
+    return path

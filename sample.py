@@ -30,8 +30,8 @@ from pathlib import Path
 import torch
 
 from control import Controller, kl_ball, kl_divergence
-from model import GPT, Cache, InputError, load_tokenizer, write_whole
-from value import ValueNet, load_reward
+from model import GPT, Cache, InputError
+from value import ValueNet, load_reward, load_tokenizer, write_whole
 
 
 # ------------------------------------------------------------------------------------- the sampler
@@ -244,20 +244,39 @@ def _dialogue(path, number, line):
                          f"mend or remove the line") from None
 
 
-def encode_prompts(model, encoder, texts):
-    """["The movie", ..] -> [[bos, token, ..], ..]. InputError on an empty one or one too long."""
-    prompts = []
+def encode_prompts(model, encoder, texts, n_tokens):
+    """
+    ["The movie", ..] -> those that fit, encoded [[bos, token, ..], ..]. "<|endoftext|>" is a token here.
+
+    A prompt that leaves no room for n_tokens more is left out with a warning; InputError if all are.
+    """
+    fit, prompts, room = [], [], model.config.n_positions - n_tokens
     for text in texts:
         if text != text.encode(errors="ignore").decode():      # bytes of the command line, not text
             raise InputError(f"the prompt {text!r} is not UTF-8; write it anew")
         tokens = encoder.encode(text, allowed_special="all")
         if not tokens:
             raise InputError("an empty prompt; give at least one word")
-        if len(tokens) + 1 >= model.config.n_positions:
-            raise InputError(f"a prompt of {len(tokens)} tokens ({text[:40]!r} ..) leaves no room in the "
-                             f"model's context of {model.config.n_positions}; shorten it")
-        prompts.append([model.config.bos_token_id] + tokens)
-    return prompts
+        if len(tokens) < room:
+            fit.append(text)
+            prompts.append([model.config.bos_token_id] + tokens)
+    if len(fit) < len(texts):
+        what = (f"{len(texts) - len(fit)} of {len(texts)} prompts leave no room for {n_tokens} tokens in the "
+                f"model's context of {model.config.n_positions}")
+        if not fit:
+            raise InputError(f"{what}; shorten the prompts or --tokens")
+        print(f"warning: {what}; left out", file=sys.stderr)
+    return fit, prompts
+
+
+def end_turns(encoder, rollout):
+    """Cut continuations, in rollout.mask, before the next turn of a dialogue."""
+    for tokens, mask in zip(rollout.tokens.cpu(), rollout.mask):
+        pieces = [encoder.decode_single_token_bytes(token) for token in tokens[mask.cpu()].tolist()]
+        turn = b"".join(pieces).find(b"\n\nHuman:")
+        if turn >= 0:
+            ends = torch.tensor([len(piece) for piece in pieces]).cumsum(0)
+            mask[max(int((ends <= turn).sum()), 1):] = False   # a text has at least one token
 
 
 def decode(encoder, prompts, rollout, eos):
@@ -315,10 +334,12 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=doc.strip().split("\n")[0],
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         add = self.add_argument
-        add("--model", default="tests/toy", metavar="DIR", help="GPT-2: config.json, model.safetensors")
+        add("--model", default="tests/toy", metavar="NAME", help="a GPT-2: gpt2, gpt2-medium, .., org/name of the "
+                                                               "hub, or a directory")
         add("--prompt", action="append", metavar="TEXT", help="a prompt; may be given again")
         add("--prompts", metavar="FILE", help="one prompt a line, or HH-RLHF's .jsonl(.gz) "
                                               "(default: prompts.txt in the model's directory)")
+        add("--dialogue", action="store_true", help="each prompt is what a human says to an assistant")
         add("--tokens", type=count, default=32, help="tokens drawn a text, at most")
         add("--seed", type=number(int, 0, 2 ** 62), default=seed, help="of the draws: same seed, same texts")
         add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1, cpu")
@@ -365,9 +386,12 @@ def load(args):
         raise InputError(f"{args.model} has no prompts.txt of its own; give --prompt TEXT or --prompts FILE")
     texts = (args.prompt or []) + (read_prompts(args.prompts) if args.prompts else [])
     texts = texts or read_prompts(own)
+    if args.dialogue:
+        texts = [f"\n\nHuman: {text}\n\nAssistant:" for text in texts]
+    texts, prompts = encode_prompts(model, encoder, texts, args.tokens)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{args.model}: {parameters:,} parameters, frozen, {args.dtype} on {device}; {len(texts)} prompts")
-    return model, encoder, texts, encode_prompts(model, encoder, texts)
+    return model, encoder, texts, prompts
 
 
 def check_writable(path):
@@ -399,7 +423,7 @@ def parse_args(argv):
     parser = Parser(__doc__, seed=1000)      # other draws than those V was trained on
     add = parser.add_argument
     add("--value", default="out/value.safetensors", metavar="FILE", help="from train_value.py")
-    add("--reward", metavar="NAME", help="sentiment or path/to/file.py:function (default: V's own)")
+    add("--reward", metavar="NAME", help="sentiment, path/to/file.py:function, or a GPT-2 classifier (default: V's own)")
     add("--samples", type=count, default=100, help="texts a prompt")
     add("--show", type=number(int, 0, 2 ** 31), default=4, help="pairs of texts printed")
     add("--temperature", type=number(float, 0, 100), default=1.0, help="0: the most probable token")
@@ -431,7 +455,7 @@ def load_control(args, model):
     control = Controller(value, args.steps, args.sign * step_size / args.steps, radius, args.max_kl)
     print(f"{args.value}: method {info['method']}, reward {info['reward']}; control: {args.steps} steps of "
           f"{control.step_size:.3g}, radius {radius:g}, at most {args.max_kl:g} nats a token")
-    return control, load_reward(args.reward or info["reward"])
+    return control, load_reward(args.reward or info["reward"], args.device)
 
 
 def main(argv=None):
@@ -452,6 +476,7 @@ def main(argv=None):
         watch = stream(encoder, eos, f"{label}: {texts[0]}") if len(rows) == 1 else None
         rollout = generate(model, rows, uniforms, decoding, how, batch=args.batch, watch=watch,
                            progress=progress(f"{label} texts"))
+        end_turns(encoder, rollout)
         written = decode(encoder, rows, rollout, eos)
         results[label] = rollout, written, reward(written)
         table[label] = figures(rollout, results[label][2])

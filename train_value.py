@@ -23,7 +23,7 @@ import sample
 from control import Controller, step_for_kl
 from model import InputError
 from sample import Parser, count, generate, number, uniform_table
-from value import ValueNet, load_reward, value_loss
+from value import ValueNet, fingerprint, load_reward, value_loss
 
 # Ours and the baselines. The settings of each were chosen by tests/tune.py, as many tries each.
 # One-step targets (lam 0) carry the reward back one token at a time: compare --lam 0 and 1 at --epochs 1.
@@ -42,6 +42,7 @@ def roll_out(model, encoder, reward, prompts, samples, n_tokens, seed, **how):
     """`samples` texts, the prompts taken in turn -> (Rollout, rewards (N,), texts)."""
     prompts = [prompts[i % len(prompts)] for i in range(samples)]
     rollout = generate(model, prompts, uniform_table(samples, n_tokens, seed), **how)
+    sample.end_turns(encoder, rollout)
     texts = sample.decode(encoder, prompts, rollout, model.config.eos_token_id)
     return rollout, torch.tensor(reward(texts), device=rollout.mask.device), texts
 
@@ -115,7 +116,8 @@ def parse_args(argv):
     parser = Parser(__doc__, seed=0)
     add = parser.add_argument
     add("--out", default="out/value.safetensors", metavar="FILE", help="where V is saved")
-    add("--reward", default="sentiment", metavar="NAME", help="sentiment or path/to/file.py:function")
+    add("--reward", default="sentiment", metavar="NAME", help="sentiment, path/to/file.py:function, or a GPT-2 "
+                                                              "classifier: a directory or a name of the hub")
     add("--method", choices=METHODS, default="q", help="q: V and its gradient; plain: values alone; paper: "
                                                        "values alone, one-step targets, raw states, no ball")
     own = parser.add_argument_group("settings of training", "default: the method's own").add_argument
@@ -139,8 +141,8 @@ def main(argv=None):
     """Rollouts, rewards, V; the report; the file; a few steered texts."""
     args = parse_args(argv)
     sample.check_writable(args.out)
-    reward = load_reward(args.reward)
     model, encoder, _, prompts = sample.load(args)
+    reward = load_reward(args.reward, args.device)
 
     def rolled(samples, seed, label, **how):
         return roll_out(model, encoder, reward, prompts, samples, args.tokens, seed, batch=args.batch,
@@ -159,7 +161,7 @@ def main(argv=None):
     report(value, held_out, outcome)
     step_size = step_for_kl(value, rollout.hidden, rollout.psi, rollout.mask, NATS)
     radius = math.inf if args.method == "paper" else 1.0
-    value.save(args.out, fingerprint=model.fingerprint(), model=str(args.model), method=args.method,
+    value.save(args.out, fingerprint=fingerprint(model), model=str(args.model), method=args.method,
                **settings, reward=args.reward, rollouts=args.rollouts, tokens=args.tokens,
                temperature=1.0, seed=args.seed, step_size=step_size, radius=radius)
     print(f"\n{args.out}: {sum(p.numel() for p in value.parameters()):,} parameters trained; rollouts "

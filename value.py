@@ -30,16 +30,21 @@ Deviations from the paper: TD(lambda) instead of one step; Q instead of V in the
 states. `train_value.py --method paper` switches all three off, and the ball of control.py.
 But: V reads one state, not the text; what the state does not hold, V cannot know.
 """
+import hashlib
 import importlib.util
 import json
 import math
+import os
 import re
+import sys
 from pathlib import Path
 
+import tiktoken
 import torch
 import torch.nn as nn
 
-from model import InputError, read_header, read_safetensors, write_safetensors
+from model import (DTYPES, GPT, PUBLIC, InputError, find, read_config, read_header, read_json,
+                   read_safetensors)
 
 
 class ValueNet(nn.Module):
@@ -105,7 +110,7 @@ class ValueNet(nn.Module):
         if info["n_embd"] != model.config.n_embd:
             raise InputError(f"{path}: a value net for states of {info['n_embd']} numbers, and this model's "
                              f"have {model.config.n_embd}; train one with train_value.py --model ..")
-        if info.get("fingerprint") != model.fingerprint():
+        if info.get("fingerprint") != fingerprint(model):
             raise InputError(f"{path}: the value net of another model ({info.get('model')}); "
                              f"train one with train_value.py --model ..")
         value.info = info
@@ -141,6 +146,81 @@ def value_loss(value, hidden, psi, rewards, mask, lam, gain):
     return ((q - targets)[mask] ** 2).mean()
 
 
+# ------------------------------------------------------------------------------------------- files
+
+def fingerprint(model):
+    """sha256 of the final norm and the embedding in bfloat16, the same for float32 and bfloat16."""
+    digest = hashlib.sha256()
+    for weight in (model.ln_f.weight, model.ln_f.bias, model.wte.weight):
+        digest.update(weight.detach().bfloat16().view(torch.int16).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write_safetensors(path, tensors, metadata):
+    """Write tensors and {str: str} metadata; the file appears whole or not at all."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header, chunks, offset = {"__metadata__": metadata}, [], 0
+    for name, tensor in tensors.items():
+        data = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape),
+                        "data_offsets": [offset, offset + len(data)]}
+        chunks.append(data)
+        offset += len(data)
+    text = json.dumps(header).encode()
+    write_whole(path, [len(text).to_bytes(8, "little"), text, *chunks])
+
+
+def write_whole(path, chunks):
+    """Write the bytes; whatever interrupts it, `path` holds all of the new or all of the old."""
+    temporary = Path(f"{path}.{os.getpid()}.part")
+    try:
+        with open(temporary, "wb") as file:
+            file.writelines(chunks)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+# --------------------------------------------------------------------------------------- tokenizer
+
+# How GPT-2 cuts text into pieces before pairs are merged: contractions, words, numbers, signs.
+PIECES = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+# The printable character by which GPT-2's vocab.json writes each byte: {character: byte}.
+BYTES = {chr(b): b for b in (*range(33, 127), *range(161, 173), *range(174, 256))}
+BYTES |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if chr(b) not in BYTES)}
+
+
+def load_tokenizer(name):
+    """The model's own vocab.json as a tiktoken.Encoding; GPT-2's where it has none and needs those."""
+    try:
+        path = find(name, "vocab.json", optional=True)
+    except InputError:                                         # only the weights are cached, and no hub
+        if str(name) not in {*PUBLIC, *PUBLIC.values()}:
+            raise
+        path = None
+    if path is None and (n_vocab := read_config(name).n_vocab) != 50257:
+        raise InputError(f"{name}: {n_vocab} tokens and no vocab.json to name them; fetch it")
+    if path is None:
+        try:
+            return tiktoken.get_encoding("gpt2")
+        except Exception as error:   # tiktoken fetches through requests: any of its errors may come
+            raise InputError(f"GPT-2's vocabulary is not cached and cannot be fetched ({type(error).__name__}); "
+                             f"set TIKTOKEN_CACHE_DIR to a folder that has it, or put GPT-2's vocab.json beside "
+                             f"the weights") from None
+    try:
+        vocabulary = read_json(path)
+        special = {t: i for t, i in vocabulary.items() if t.startswith("<|") and t.endswith("|>")}
+        ranks = {bytes(BYTES[c] for c in t): i for t, i in vocabulary.items() if t not in special}
+        if any(type(i) is not int or not 0 <= i < 2 ** 31 for i in vocabulary.values()) \
+                or len(set(vocabulary.values())) < len(vocabulary):
+            raise ValueError("the ids are not different whole numbers")
+        if any(bytes([b]) not in ranks for b in range(256)):
+            raise ValueError("some of the 256 single bytes are missing")
+    except (KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: no GPT-2 vocabulary ({error}); fetch it again") from None
+    return tiktoken.Encoding(str(path), pat_str=PIECES, mergeable_ranks=ranks, special_tokens=special)
+
+
 # ----------------------------------------------------------------------------------------- rewards
 # A reward is a callable: texts (prompt + continuation, without special tokens) -> one float each.
 
@@ -171,13 +251,52 @@ def sentiment(texts):
     return scores
 
 
-def load_reward(name):
-    """"sentiment" or "path/to/file.py:function" -> a callable texts -> list of finite floats."""
+class RewardModel:
+    """
+    A GPT-2 sequence classifier as a reward: a linear score of the state at a text's last token, in the
+    layout of GPT2ForSequenceClassification. With one label its score, with two the log-odds of the second.
+    """
+    def __init__(self, name, device="cpu"):
+        self.gpt, self.encoder = GPT.from_pretrained(name, device, extra=("score.weight",)), load_tokenizer(name)
+        self.score = self.gpt.extra["score.weight"]
+        if self.score.dim() != 2 or len(self.score) > 2 or self.score.size(1) != self.gpt.config.n_embd:
+            raise InputError(f"{name}: score.weight is {tuple(self.score.shape)}; a reward has one label or two")
+
+    def __call__(self, texts):
+        """texts -> scores. All of a text is text: "<|endoftext|>" in it is no token."""
+        return self.rate([self.encoder.encode_ordinary(text) for text in texts])
+
+    @torch.no_grad()
+    def rate(self, rows, batch=64):
+        """[[token, ..], ..] -> scores; texts of like length side by side, the beginnings of long ones cut."""
+        context, device = self.gpt.config.n_positions, self.score.device
+        if long := sum(len(row) > context for row in rows):
+            print(f"warning: {long} texts of more than {context} tokens; the reward model reads their last "
+                  f"{context}", file=sys.stderr)
+        rows = [row[-context:] or [self.gpt.config.eos_token_id] for row in rows]
+        order, scores = sorted(range(len(rows)), key=lambda i: len(rows[i])), [0.0] * len(rows)
+        for part in (order[i:i + batch] for i in range(0, len(rows), batch)):
+            lengths = torch.tensor([len(rows[i]) for i in part], device=device)
+            padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(rows[i]) for i in part], batch_first=True)
+            hidden = self.gpt(padded.to(device))                                  # (B, T, n_embd)
+            logits = hidden[torch.arange(len(part), device=device), lengths - 1] @ self.score.T   # (B, labels)
+            logits = logits[:, -1] - (logits[:, 0] if len(self.score) == 2 else 0)
+            for i, logit in zip(part, logits.tolist()):
+                scores[i] = logit
+        return scores
+
+
+def load_reward(name, device="cpu"):
+    """sentiment, path/to/file.py:function, or a classifier's directory or name -> a callable texts -> floats."""
     if name == "sentiment":
         return sentiment
     path, _, function = name.rpartition(":")
     if not path.endswith(".py"):
-        raise InputError(f"--reward {name}: neither 'sentiment' nor 'path/to/file.py:function'")
+        try:
+            return RewardModel(name, device)
+        except InputError as error:
+            raise InputError(f"--reward {name}: neither 'sentiment' nor 'path/to/file.py:function', and no "
+                             f"classifier: {error}") from None
     try:
         spec = importlib.util.spec_from_file_location("reward", path)
         module = importlib.util.module_from_spec(spec)

@@ -33,7 +33,7 @@ def parse_args(argv):
     parser = sample.Parser(__doc__, seed=0)
     add = parser.add_argument
     add("--test", metavar="FILE", help="prompts to report on (default: those of the rollouts, other draws)")
-    add("--reward", default="sentiment", help="sentiment or path/to/file.py:function")
+    add("--reward", default="sentiment", help="as in train_value.py")
     add("--rollouts", type=sample.number(int, 16, 2 ** 31), default=4000, help="texts to learn from")
     add("--samples", type=sample.number(int, 2, 2 ** 31), default=4000, help="texts a test prompt and row")
     add("--kl", default="0.1,0.3,0.8,2", help="budgets aimed at, nats a text")
@@ -45,12 +45,14 @@ def parse_args(argv):
 
 def main(argv=None):
     args = parse_args(argv)
-    reward = load_reward(args.reward)
     methods, budgets = args.methods.split(","), args.kl.split(",")
     if set(methods) - METHODS.keys() or not all(re.fullmatch(r"\d*\.?\d+", nats) for nats in budgets):
         raise sample.InputError("--methods takes " + ",".join(METHODS) + " and --kl numbers, commas between")
     model, encoder, _, prompts = sample.load(args)
-    tests = sample.encode_prompts(model, encoder, sample.read_prompts(args.test)) if args.test else prompts
+    reward = load_reward(args.reward, args.device)
+    tests = prompts
+    if args.test:
+        _, tests = sample.encode_prompts(model, encoder, sample.read_prompts(args.test), args.tokens)
     rollout, rewards, _ = roll_out(model, encoder, reward, prompts, args.rollouts, args.tokens, args.seed,
                                    record=True, progress=sample.progress("rollouts"), batch=args.batch)
     toy = (Path(args.model) / "grammar.py").is_file()

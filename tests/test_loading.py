@@ -6,12 +6,16 @@ what is wrong. The safetensors package is the judge of the file format, where it
     python -m pytest tests/test_loading.py
 """
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 
-from model import GPT, InputError, load_tokenizer, read_header, read_safetensors, write_safetensors
+from conftest import ROOT
+from model import GPT, TRANSPOSED, Config, InputError, read_header, read_safetensors
+from value import load_tokenizer, write_safetensors
 from test_model import SHARED, tiny_weights, write_checkpoint
 
 
@@ -63,16 +67,15 @@ def test_stored_and_wanted_precision(stored, wanted, tmp_path):
 
 CHANGES = {      # what is put in (None: taken out) -> what the message must say
     "missing": ({"h.1.mlp.c_fc.bias": None, "wpe.weight": None},
-                ["missing h.1.mlp.c_fc.bias", "missing wpe.weight"]),
+                ["Missing", "h.1.mlp.c_fc.bias", "wpe.weight"]),
     "unexpected": ({"h.2.ln_1.bias": torch.ones(16), "score.weight": torch.ones(1, 16)},
-                   ["unexpected", "h.2.ln_1.bias", "score.weight"]),
+                   ["Unexpected", "h.2.ln_1.bias", "score.weight"]),
     "shape": ({"wte.weight": torch.ones(37, 15), "h.0.mlp.c_fc.weight": torch.ones(64)},
-              ["wte.weight is (37, 15), not (37, 16)", "h.0.mlp.c_fc.weight"]),
+              ["wte.weight", "[37, 15]", "[37, 16]", "h.0.mlp.c_fc.weight"]),
     "transposed": ({"h.0.attn.c_attn.weight": torch.ones(48, 16)}, ["h.0.attn.c_attn.weight"]),
     "renamed": ({"ln_f.weight": None, "model.ln_f.weight": torch.ones(16)},
-                ["model.ln_f.weight", "missing ln_f.weight"]),
-    "newline": ({"a\nb": torch.ones(1)}, ["unexpected"]),
-    "integers": ({"wte.weight": torch.ones(37, 16, dtype=torch.long)}, ["wte.weight"]),
+                ["Unexpected", "model.ln_f.weight", "Missing", '"ln_f.weight"']),
+    "newline": ({"a\nb": torch.ones(1)}, ["Unexpected"]),
     "untied": ({"lm_head.weight": torch.ones(37, 16)}, ["lm_head.weight"]),
     "untied, smaller": ({"lm_head.weight": torch.ones(36, 16)}, ["lm_head.weight"]),
 }
@@ -154,6 +157,79 @@ def test_headers_that_lie(lie, tmp_path):
     else:
         tensors = {name: tensor.tolist() for name, tensor in read_safetensors(path)}
         assert tensors == {"first": [1, 2], "second": [3, 4]}
+
+
+ENTRY = '"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
+HEADERS = {      # what the file holds between its header's length and its one tensor -> what is said of it
+    "a name twice": ("{%s, %s}" % (ENTRY, ENTRY), "twice"),
+    "a key twice": ('{"w": {"dtype": "F32", "shape": [2], "shape": [1], "data_offsets": [0, 4]}}', "twice"),
+    "NaN": ('{"w": {"dtype": "F32", "shape": [NaN], "data_offsets": [0, 4]}}', "NaN"),
+    "true": ('{"w": {"dtype": "F32", "shape": [true], "data_offsets": [0, 4]}}', "extent"),
+    "nesting": ('{"w": %s}' % ("[" * 100_000), "Recursion"),
+    "not UTF-8": (b'{"\xff": 1}', "UnicodeDecode"),
+    "a list": ("[%s]" % ENTRY.partition(": ")[2], "object"),
+    "a long number": ('{"w": {"dtype": "F32", "shape": [%s], "data_offsets": [0, 4]}}' % ("9" * 5000), "whole"),
+    "many dimensions": ('{"w": {"dtype": "F32", "shape": %s, "data_offsets": [0, 4]}}' % ([1] * 99), "extent"),
+    "a shape that is none": ('{"w": {"dtype": "F32", "shape": {}, "data_offsets": [0, 4]}}', "extent"),
+    "overflow": ('{"w": {"dtype": "F32", "shape": [%d, 4], "data_offsets": [0, 4]}}' % 2 ** 62, "extent"),
+    "nothing, overflowing": ('{"w": {"dtype": "F32", "shape": [0, %d, 4], "data_offsets": [0, 0]}, "v": '
+                             '{"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}' % 2 ** 62, "extent"),
+    "no dtype": ('{"w": {"shape": [1], "data_offsets": [0, 4]}}', "dtype"),
+    "metadata": ('{%s, "__metadata__": 3}' % ENTRY, "whole"),
+}
+
+
+def write_header(path, header, data=bytes(4)):
+    header = header if isinstance(header, bytes) else header.encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
+    return path
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_headers_refused(name, tmp_path):
+    header, word = HEADERS[name]
+    path = write_header(tmp_path / "w.safetensors", header)
+    refused(lambda: list(read_safetensors(path)), "w.safetensors", word)
+
+
+def test_headers_accepted(tmp_path):
+    for header in ("{%s}" % ENTRY, "{%s}%s" % (ENTRY, " " * 37), ' {%s, "__metadata__": {"a": "b"}}' % ENTRY):
+        path = write_header(tmp_path / "w.safetensors", header, np.float32(2.5).tobytes())
+        assert dict(read_safetensors(path)) == {"w": torch.tensor([2.5])}
+
+
+@pytest.mark.parametrize("content, word", [
+    (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 497\n", "Git-LFS pointer"),
+    (b"<!DOCTYPE html>\n<html><body>Not found" + bytes(90), "web page"), (b"\n <html>" + b"x" * 99, "web page")])
+def test_what_lies_in_a_files_place_is_named(content, word, tiny):
+    for file in ("model.safetensors", "config.json"):
+        (tiny / file).write_bytes(content)
+        refused(lambda: GPT.from_pretrained(tiny), file, word)
+
+
+def test_a_header_longer_than_the_limit(tmp_path):
+    path = tmp_path / "w.safetensors"
+    with open(path, "wb") as file:
+        file.write((100_000_001).to_bytes(8, "little"))
+        file.truncate(100_000_050)                             # a file with a hole: no room is taken
+    refused(lambda: read_header(path), "w.safetensors")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+def test_loading_takes_little_more_than_the_model(tiny, tmp_path):
+    """Peak memory of from_pretrained in bfloat16, in a process of its own, over the bytes of the weights."""
+    config = {"vocab_size": 50257, "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12}
+    shapes = {name: tensor.shape[::-1] if name.endswith(TRANSPOSED) else tensor.shape
+              for name, tensor in GPT(Config(*config.values(), 3072)).state_dict().items()}
+    directory = write_checkpoint(tmp_path / "large", {
+        name: torch.randint(2 ** 14, tuple(shape), dtype=torch.int16).view(torch.bfloat16)
+        for name, shape in shapes.items()}, **config)
+    code = ("import sys, torch; from model import GPT; "
+            "peak = lambda: int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) * 1024; "
+            "GPT.from_pretrained(sys.argv[2]); before = peak(); model = GPT.from_pretrained(sys.argv[1], dtype=torch.bfloat16); "
+            "print((peak() - before) / sum(p.nbytes for p in model.parameters()))")
+    done = subprocess.run([sys.executable, "-c", code, directory, tiny], cwd=ROOT, capture_output=True, text=True)
+    assert 0.9 < float(done.stdout) < 1.2, done
 
 
 def test_random_damage_is_a_load_or_one_line(tiny):

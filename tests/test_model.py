@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from conftest import ROOT        # and the root on sys.path
-from model import Cache, GPT, read_header, write_safetensors
+from model import Cache, GPT, read_header
+from value import fingerprint, write_safetensors
 
 GOLDEN = Path(__file__).with_name("golden.json")
 SHARED = ROOT.parent / "shared"
@@ -42,7 +43,7 @@ def tiny_weights(seed=0):
 
 def write_checkpoint(directory, weights=None, **config):
     """A tiny GPT-2 directory without a vocabulary; keywords replace entries of CONFIG."""
-    directory.mkdir(exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps({**CONFIG, **config}))
     write_safetensors(directory / "model.safetensors", weights or tiny_weights(), {"format": "pt"})
     return directory
@@ -138,13 +139,13 @@ def test_ragged_batch_equals_its_rows_alone(model):
 
 
 def test_fingerprint(tiny, tmp_path):
-    one = GPT.from_pretrained(tiny).fingerprint()
-    assert one == GPT.from_pretrained(tiny, dtype=torch.bfloat16).fingerprint()
+    one = fingerprint(GPT.from_pretrained(tiny))
+    assert one == fingerprint(GPT.from_pretrained(tiny, dtype=torch.bfloat16))
     for name in ("wte.weight", "ln_f.weight", "ln_f.bias"):
         weights = tiny_weights()
         weights[name].view(-1)[3] += 0.1
         other = GPT.from_pretrained(write_checkpoint(tmp_path / "other", weights))
-        assert other.fingerprint() != one
+        assert fingerprint(other) != one
 
 
 # ------------------------------------------------------------------------------- a real small model

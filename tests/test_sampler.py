@@ -12,10 +12,11 @@ from torch.distributions import Categorical, kl_divergence as reference_kl
 
 from conftest import ROOT
 from control import Controller, step_for_kl
-from model import GPT, InputError, load_tokenizer
+from model import GPT, InputError
 from sample import (Decoding, decode, distinct, draw, encode_prompts, generate, mean_error,
                     truncate, uniform_table)
 from test_value import random_net
+from value import load_tokenizer
 
 TOY = ROOT / "tests" / "toy"
 EOS = 286
@@ -32,7 +33,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def rows(model):
-    return encode_prompts(model, load_tokenizer(TOY), PROMPTS)
+    return encode_prompts(model, load_tokenizer(TOY), PROMPTS, 12)[1]
 
 
 def strong_control(max_kl=math.inf, radius=1.0):

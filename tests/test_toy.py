@@ -10,9 +10,9 @@ import pytest
 import sample
 from control import Controller, step_for_kl
 from exact import Exact
-from model import GPT, load_tokenizer
+from model import GPT
 from train_value import METHODS, roll_out, train
-from value import sentiment
+from value import load_tokenizer, sentiment
 
 TOY = Path(__file__).parent / "toy"
 sys.path.insert(0, str(TOY))
@@ -26,7 +26,7 @@ TOKENS = 32
 def toy():
     """model, encoder, prompts, 4,000 training rollouts with rewards, 4,000 other uncontrolled texts."""
     model, encoder = GPT.from_pretrained(TOY), load_tokenizer(TOY)
-    prompts = sample.encode_prompts(model, encoder, ["the", "this"])
+    prompts = sample.encode_prompts(model, encoder, ["the", "this"], TOKENS)[1]
     trained, rewards, _ = roll_out(model, encoder, sentiment, prompts, 4000, TOKENS, seed=0, record=True)
     others, _, _ = roll_out(model, encoder, sentiment, prompts, 4000, TOKENS, seed=3, record=True)
     return model, encoder, prompts, trained, rewards, others

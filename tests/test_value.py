@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from conftest import ROOT
-from model import GPT, write_safetensors
+from model import GPT
 from test_loading import refused
 from test_model import write_checkpoint
 from toy import grammar
 from value import NEGATIONS, NEGATIVE, POSITIVE, ValueNet
-from value import bellman_targets, load_reward, sentiment, value_loss
+from value import bellman_targets, fingerprint, load_reward, sentiment, value_loss
+from value import write_safetensors
 
 TOY = ROOT / "tests" / "toy"
 
@@ -208,7 +209,7 @@ def model():
 @pytest.fixture
 def saved(model, tmp_path):
     path = tmp_path / "new" / "value.safetensors"
-    random_net(0, 64, 5).save(path, fingerprint=model.fingerprint(), reward="sentiment", seed=3)
+    random_net(0, 64, 5).save(path, fingerprint=fingerprint(model), reward="sentiment", seed=3)
     return path
 
 
@@ -216,7 +217,7 @@ def test_round_trip(model, saved):
     value, hidden = ValueNet.load(saved, model), torch.randn(4, 64)
     assert torch.equal(value(hidden), random_net(0, 64, 5)(hidden))
     assert torch.equal(value.gradient(hidden), random_net(0, 64, 5).gradient(hidden))
-    assert value.info == {"n_embd": 64, "width": 5, "fingerprint": model.fingerprint(),
+    assert value.info == {"n_embd": 64, "width": 5, "fingerprint": fingerprint(model),
                           "reward": "sentiment", "seed": 3}
     assert not any(parameter.requires_grad for parameter in value.parameters())
     value.save(saved.with_name("again.safetensors"))          # what it knows travels along

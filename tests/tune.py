@@ -38,13 +38,13 @@ def score(value, rollout, rewards):
 def main(argv=None):
     parser = sample.Parser(__doc__, seed=500)                  # not compare.py's seeds
     add = parser.add_argument
-    add("--reward", default="sentiment", help="sentiment or path/to/file.py:function")
+    add("--reward", default="sentiment", help="as in train_value.py")
     add("--rollouts", type=sample.number(int, 16, 2 ** 31), default=4000, help="texts to learn from")
     add("--held-out", type=sample.number(int, 16, 2 ** 31), default=4000, help="texts to score on")
     add("--tries", type=sample.count, default=24, help="a method")
     args = parser.parse_args(argv)
-    reward = load_reward(args.reward)
     model, encoder, _, prompts = sample.load(args)
+    reward = load_reward(args.reward, args.device)
     (rollout, rewards, _), (held_out, outcome, _) = [
         roll_out(model, encoder, reward, prompts, samples, args.tokens, seed, batch=args.batch, record=True,
                  progress=sample.progress("rollouts"))

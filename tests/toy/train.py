@@ -20,7 +20,8 @@ import torch.nn.functional as F
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 import grammar                                                                        # noqa: E402
-from model import BYTES, GPT, TRANSPOSED, Config, load_tokenizer, write_safetensors   # noqa: E402
+from model import GPT, TRANSPOSED, Config                                             # noqa: E402
+from value import BYTES, load_tokenizer, write_safetensors                            # noqa: E402
 
 CONTEXT = 64     # positions of the model
 LONGEST = 48     # tokens of a review it is trained on; the few longer ones are cut, not dropped
