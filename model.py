@@ -260,8 +260,8 @@ def read_header(path):
             metadata = dict(header.pop("__metadata__", {}))
             for (begin, stop), shape, dtype in sorted(
                     (entry["data_offsets"], entry["shape"], entry["dtype"]) for entry in header.values()):
-                if type(shape) is not list or len(shape) > 8 or math.prod(n or 1 for n in shape) >= 2 ** 63 or any(
-                        type(n) is not int or n < 0 for n in (begin, stop, *shape)):
+                if any(type(n) is not int or n < 0 for n in (begin, stop, *shape)) or len(shape) > 8 \
+                        or type(shape) is not list or math.prod(n or 1 for n in shape) >= 2 ** 63:
                     raise ValueError("a tensor's extent is none")
                 if begin != end or stop - begin != math.prod(shape) * DTYPES[dtype].itemsize:
                     raise ValueError("the tensors' extents do not fit together")

@@ -334,8 +334,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=doc.strip().split("\n")[0],
                          formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         add = self.add_argument
-        add("--model", default="tests/toy", metavar="NAME", help="a GPT-2: gpt2, gpt2-medium, .., org/name of the "
-                                                               "hub, or a directory")
+        add("--model", default="tests/toy", metavar="NAME",
+            help="a GPT-2: gpt2, gpt2-medium, .., org/name of the hub, or a directory")
         add("--prompt", action="append", metavar="TEXT", help="a prompt; may be given again")
         add("--prompts", metavar="FILE", help="one prompt a line, or HH-RLHF's .jsonl(.gz) "
                                               "(default: prompts.txt in the model's directory)")
@@ -423,7 +423,7 @@ def parse_args(argv):
     parser = Parser(__doc__, seed=1000)      # other draws than those V was trained on
     add = parser.add_argument
     add("--value", default="out/value.safetensors", metavar="FILE", help="from train_value.py")
-    add("--reward", metavar="NAME", help="sentiment, path/to/file.py:function, or a GPT-2 classifier (default: V's own)")
+    add("--reward", metavar="NAME", help="as for train_value.py (default: V's own)")
     add("--samples", type=count, default=100, help="texts a prompt")
     add("--show", type=number(int, 0, 2 ** 31), default=4, help="pairs of texts printed")
     add("--temperature", type=number(float, 0, 100), default=1.0, help="0: the most probable token")

@@ -127,7 +127,7 @@ def parse_args(argv):
         help="weight of the gradient in Q; 0: values alone")
     own("--epochs", type=count, default=argparse.SUPPRESS, help="passes over the rollouts")
     own("--rate", type=number(float, 0, 10), default=argparse.SUPPRESS, help="peak learning rate")
-    own("--decay", type=number(float, 0, 100), default=argparse.SUPPRESS, help="weight decay, decoupled (AdamW)")
+    own("--decay", type=number(float, 0, 100), default=argparse.SUPPRESS, help="weight decay, decoupled")
     add("--rollouts", type=number(int, 16, 2 ** 31), default=4000, help="texts to learn from")
     add("--held-out", type=number(int, 16, 2 ** 31), default=1000, help="texts to report on")
     own("--width", type=number(int, 1, 65536), default=argparse.SUPPRESS, help="of V's hidden layer")

@@ -204,9 +204,9 @@ def load_tokenizer(name):
         try:
             return tiktoken.get_encoding("gpt2")
         except Exception as error:   # tiktoken fetches through requests: any of its errors may come
-            raise InputError(f"GPT-2's vocabulary is not cached and cannot be fetched ({type(error).__name__}); "
-                             f"set TIKTOKEN_CACHE_DIR to a folder that has it, or put GPT-2's vocab.json beside "
-                             f"the weights") from None
+            raise InputError(f"GPT-2's vocabulary is not cached and cannot be fetched ({type(error).__name__})"
+                             f"; set TIKTOKEN_CACHE_DIR to a folder that has it, or put GPT-2's vocab.json "
+                             f"beside the weights") from None
     try:
         vocabulary = read_json(path)
         special = {t: i for t, i in vocabulary.items() if t.startswith("<|") and t.endswith("|>")}
@@ -257,10 +257,10 @@ class RewardModel:
     layout of GPT2ForSequenceClassification. With one label its score, with two the log-odds of the second.
     """
     def __init__(self, name, device="cpu"):
-        self.gpt, self.encoder = GPT.from_pretrained(name, device, extra=("score.weight",)), load_tokenizer(name)
-        self.score = self.gpt.extra["score.weight"]
-        if self.score.dim() != 2 or len(self.score) > 2 or self.score.size(1) != self.gpt.config.n_embd:
-            raise InputError(f"{name}: score.weight is {tuple(self.score.shape)}; a reward has one label or two")
+        self.gpt = GPT.from_pretrained(name, device, extra=("score.weight",))
+        self.encoder, self.score = load_tokenizer(name), self.gpt.extra["score.weight"]
+        if tuple(self.score.shape) not in ((1, self.gpt.config.n_embd), (2, self.gpt.config.n_embd)):
+            raise InputError(f"{name}: score.weight is {tuple(self.score.shape)}, not that of one label or two")
 
     def __call__(self, texts):
         """texts -> scores. All of a text is text: "<|endoftext|>" in it is no token."""
@@ -287,7 +287,7 @@ class RewardModel:
 
 
 def load_reward(name, device="cpu"):
-    """sentiment, path/to/file.py:function, or a classifier's directory or name -> a callable texts -> floats."""
+    """sentiment, path/to/file.py:function, or a classifier's directory or name -> callable, texts -> floats"""
     if name == "sentiment":
         return sentiment
     path, _, function = name.rpartition(":")

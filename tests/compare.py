@@ -25,6 +25,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import sample                                                                         # noqa: E402
 from control import Controller, step_for_kl                                           # noqa: E402
 from exact import Exact                                                               # noqa: E402
+from model import read_json                                                               # noqa: E402
 from train_value import METHODS, roll_out, train                                      # noqa: E402
 from value import load_reward                                                         # noqa: E402
 
@@ -38,6 +39,8 @@ def parse_args(argv):
     add("--samples", type=sample.number(int, 2, 2 ** 31), default=4000, help="texts a test prompt and row")
     add("--kl", default="0.1,0.3,0.8,2", help="budgets aimed at, nats a text")
     add("--radius", type=sample.number(float, 0, math.inf), default=2.0, help="of the ball; paper has none")
+    add("--settings", metavar="FILE", help="of training, from tests/tune.py (default: train_value.py's)")
+    add("--check", metavar="NAME", help="another reward to print beside, which nothing is trained on")
     add("--methods", default=",".join(METHODS), help="which of " + ", ".join(METHODS))
     add("--test-seed", type=sample.number(int, 0, 2 ** 62), default=1000, help="of the draws reported on")
     return parser.parse_args(argv)
@@ -48,8 +51,10 @@ def main(argv=None):
     methods, budgets = args.methods.split(","), args.kl.split(",")
     if set(methods) - METHODS.keys() or not all(re.fullmatch(r"\d*\.?\d+", nats) for nats in budgets):
         raise sample.InputError("--methods takes " + ",".join(METHODS) + " and --kl numbers, commas between")
+    settings = {**METHODS, **(read_json(args.settings) if args.settings else {})}
     model, encoder, _, prompts = sample.load(args)
     reward = load_reward(args.reward, args.device)
+    check = load_reward(args.check, args.device) if args.check else None
     tests = prompts
     if args.test:
         _, tests = sample.encode_prompts(model, encoder, sample.read_prompts(args.test), args.tokens)
@@ -58,30 +63,32 @@ def main(argv=None):
     toy = (Path(args.model) / "grammar.py").is_file()
 
     def rows(label, control=None, record=False):
-        drawn, scores, _ = roll_out(model, encoder, reward, tests, args.samples * len(tests), args.tokens,
+        drawn, scores, texts = roll_out(model, encoder, reward, tests, args.samples * len(tests), args.tokens,
                                     args.test_seed, control=control, record=record,
                                     progress=sample.progress(label), batch=args.batch)
-        return drawn, scores
+        checked = f"  {sum(check(texts)) / len(texts):7.3f}" if check else ""
+        return drawn, scores, checked
 
-    base, earned = rows("uncontrolled", record=toy)
+    base, earned, checked = rows("uncontrolled", record=toy)
     clusters = None if toy else [i % len(tests) for i in range(len(earned))]
     exact = Exact(model, encoder, tests, base, args.tokens) if toy else None
     print(f"{len(tests)} openings x {args.samples} samples a row, {args.rollouts} rollouts of {args.tokens} "
           f"tokens, seeds {args.seed} and {args.test_seed}\n")
-    print("method        step     KL  reward  gain" + " " * 16 + "ppl  distinct-1/2/3" + "   share" * toy)
-    print(line("uncontrolled", math.nan, sample.figures(base, earned, clusters), None), flush=True)
+    print("method        step     KL  reward  gain" + " " * 16 + "ppl  distinct-1/2/3   "
+          + "  check" * bool(check) + "share" * toy)
+    print(line("uncontrolled", math.nan, sample.figures(base, earned, clusters), None) + checked, flush=True)
     fits = []
     for method in methods:
-        value = train(rollout, rewards, **METHODS[method], seed=args.seed)
+        value = train(rollout, rewards, **settings[method], seed=args.seed)
         fits.append(f"{method} {exact.r_squared(value, base):.4f}" if toy else "")
         for nats in map(float, budgets):
             step = step_for_kl(value, rollout.hidden, rollout.psi, rollout.mask, nats)
             radius = math.inf if method == "paper" else args.radius
-            drawn, scores = rows(f"{method} {nats}", Controller(value, step_size=step, radius=radius))
+            drawn, scores, checked = rows(f"{method} {nats}", Controller(value, step_size=step, radius=radius))
             found = sample.figures(drawn, scores, clusters)
             gained = sample.mean_error(scores - earned, clusters)
-            print(line(method, step, found, gained) + (exact.share(found["kl_text"], *gained) if toy else ""),
-                  flush=True)
+            print(line(method, step, found, gained) + checked
+                  + (exact.share(found["kl_text"], *gained) if toy else ""), flush=True)
     if toy:
         print("\nR^2 of V against the exact value:  " + "   ".join(fits))
 

@@ -166,13 +166,9 @@ def test_public_names_and_a_model_that_has_moved(hub, tmp_path):
         assert (cached(tmp_path, name) / "refs/main").is_file()
 
 
-def link(path, target):
-    path.parent.mkdir(parents=True)
-    path.symlink_to(target)
-
-
-@pytest.mark.parametrize("variable, below", [("HF_HUB_CACHE", ""), ("HF_HOME", "hub"),
-                                             ("XDG_CACHE_HOME", "huggingface/hub"), ("HOME", ".cache/huggingface/hub")])
+@pytest.mark.parametrize("variable, below", [
+    ("HF_HUB_CACHE", ""), ("HF_HOME", "hub"), ("XDG_CACHE_HOME", "huggingface/hub"),
+    ("HOME", ".cache/huggingface/hub")])
 @pytest.mark.parametrize("spelling", ["gpt2", "openai-community/gpt2"])
 def test_what_other_tools_have_cached_is_used(variable, below, spelling, monkeypatch, tmp_path):
     monkeypatch.delenv("HF_HOME")
@@ -198,13 +194,22 @@ def test_a_directory_is_preferred_to_a_name(monkeypatch, tmp_path):
 @pytest.mark.parametrize("flag", ["HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"])
 def test_offline(flag, hub, monkeypatch, tmp_path):
     monkeypatch.setenv(flag, "1")
-    refused(lambda: weights("org/tiny"), "org/tiny", "config.json", str(tmp_path / "home/hub"), "HF_HUB_OFFLINE",
-            "HF_HUB_CACHE")
+    refused(lambda: weights("org/tiny"), "org/tiny", "config.json", str(tmp_path / "home/hub"),
+            "HF_HUB_OFFLINE", "HF_HUB_CACHE")
     assert hub.requests == []
     monkeypatch.setenv(flag, "0")
     weights("org/tiny")
     monkeypatch.setenv(flag, "true")
     weights("org/tiny")
+
+
+def test_progress_where_there_is_a_terminal(hub, monkeypatch, capsys):
+    weights("gpt2")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    weights("org/tiny")
+    shown = capsys.readouterr().err
+    assert "\rmodel.safetensors: 0 of 0 MB, " in shown and " MB/s, " in shown and shown.endswith(" s left \n")
 
 
 # ------------------------------------------------------------------------- transfers that go wrong
@@ -236,7 +241,8 @@ def test_a_wrong_hash_is_refused_and_nothing_is_kept_of_it(hub, tmp_path):
     weights("org/tiny")
 
 
-@pytest.mark.parametrize("status, word", [(401, "HF_TOKEN"), (403, "HF_TOKEN"), (500, "500"), (404, "config.json")])
+@pytest.mark.parametrize("status, word", [(401, "HF_TOKEN"), (403, "HF_TOKEN"), (500, "500"),
+                                          (404, "config.json")])
 def test_refusals_name_the_model_and_the_mend(status, word, hub):
     hub.plan, hub.plan_at = [status], "hub"
     refused(lambda: weights("org/tiny"), "org/tiny", "config.json", word)

@@ -200,7 +200,8 @@ def test_headers_accepted(tmp_path):
 
 @pytest.mark.parametrize("content, word", [
     (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 497\n", "Git-LFS pointer"),
-    (b"<!DOCTYPE html>\n<html><body>Not found" + bytes(90), "web page"), (b"\n <html>" + b"x" * 99, "web page")])
+    (b"<!DOCTYPE html>\n<html><body>Not found" + bytes(90), "web page"),
+    (b"\n <html>" + b"x" * 99, "web page")])
 def test_what_lies_in_a_files_place_is_named(content, word, tiny):
     for file in ("model.safetensors", "config.json"):
         (tiny / file).write_bytes(content)
@@ -226,9 +227,11 @@ def test_loading_takes_little_more_than_the_model(tiny, tmp_path):
         for name, shape in shapes.items()}, **config)
     code = ("import sys, torch; from model import GPT; "
             "peak = lambda: int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) * 1024; "
-            "GPT.from_pretrained(sys.argv[2]); before = peak(); model = GPT.from_pretrained(sys.argv[1], dtype=torch.bfloat16); "
+            "GPT.from_pretrained(sys.argv[2]); before = peak(); "
+            "model = GPT.from_pretrained(sys.argv[1], dtype=torch.bfloat16); "
             "print((peak() - before) / sum(p.nbytes for p in model.parameters()))")
-    done = subprocess.run([sys.executable, "-c", code, directory, tiny], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, directory, tiny], cwd=ROOT, capture_output=True,
+                          text=True)
     assert 0.9 < float(done.stdout) < 1.2, done
 
 

@@ -2,7 +2,9 @@
 Choose each method's settings with equal care: as many random tries each, from the same ranges.
 
     python tests/tune.py                                     # on the tiny model
-    python tests/tune.py --model path/to/imdb-mini --prompts train.txt --rollouts 6000
+    python tests/tune.py --model path/to/imdb-mini --prompts train.txt --rollouts 6000 --json out/reviews.json
+
+The best try of each method goes to --json, for tests/compare.py --settings.
 
 A try is trained on one set of rollouts and scored on another, of other draws:
 
@@ -12,6 +14,7 @@ A try is trained on one set of rollouts and scored on another, of other draws:
 The score is first order: it sees the direction of the control, not what happens where steps are long.
 No text is steered here, and nothing reported is drawn.
 """
+import json
 import random
 import sys
 from pathlib import Path
@@ -19,11 +22,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import sample                                                                         # noqa: E402
 from train_value import METHODS, roll_out, train                                      # noqa: E402
-from value import load_reward                                                         # noqa: E402
+from value import load_reward, write_whole                                                         # noqa: E402
 
-RANGES = {"epochs": [1, 2, 3, 5, 8], "rate": [3e-4, 1e-3, 3e-3, 1e-2], "decay": [0.0, 0.3, 1.0, 3.0],
+RANGES = {"epochs": [1, 2, 3, 5, 8], "rate": [3e-4, 1e-3, 3e-3, 1e-2, 3e-2], "decay": [0.0, 0.3, 1.0, 3.0],
           "width": [64, 128, 256]}
-OWN = {"q": {"lam": [0.5, 0.8, 0.95, 1.0], "gain": [1.0, 2.0, 5.0, 10.0]},
+OWN = {"q": {"lam": [0.5, 0.8, 0.95, 1.0], "gain": [1.0, 3.0, 10.0, 30.0]},
        "plain": {"lam": [0.5, 0.8, 0.95, 1.0]}, "paper": {}}      # what defines a method stays as it is
 
 
@@ -41,14 +44,17 @@ def main(argv=None):
     add("--reward", default="sentiment", help="as in train_value.py")
     add("--rollouts", type=sample.number(int, 16, 2 ** 31), default=4000, help="texts to learn from")
     add("--held-out", type=sample.number(int, 16, 2 ** 31), default=4000, help="texts to score on")
-    add("--tries", type=sample.count, default=24, help="a method")
+    add("--tries", type=sample.count, default=32, help="a method")
+    add("--json", default="out/tuned.json", metavar="FILE", help="where the best settings are written")
     args = parser.parse_args(argv)
+    sample.check_writable(args.json)
     model, encoder, _, prompts = sample.load(args)
     reward = load_reward(args.reward, args.device)
     (rollout, rewards, _), (held_out, outcome, _) = [
         roll_out(model, encoder, reward, prompts, samples, args.tokens, seed, batch=args.batch, record=True,
                  progress=sample.progress("rollouts"))
         for samples, seed in ((args.rollouts, args.seed), (args.held_out, args.seed + 1))]
+    best = {}
     for method in METHODS:
         rng, tried = random.Random(0), []                      # the same tries of the shared ranges
         for _ in range(args.tries):
@@ -59,8 +65,10 @@ def main(argv=None):
             tried.append((*score(value, held_out, outcome), drawn))
             print(f"{method:6}{tried[-1][0]:7.3f} +- {tried[-1][1]:.3f}  "
                   + "  ".join(f"{name} {setting:g}" for name, setting in drawn.items()), flush=True)
-        best = max(tried, key=lambda row: row[0])
-        print(f"{method:6}{best[0]:7.3f} is the best of {args.tries}: {best[2]}\n", flush=True)
+        (top, _, settings) = max(tried, key=lambda row: row[0])
+        best[method] = {**METHODS[method], **settings}
+        print(f"{method:6}{top:7.3f} is the best of {args.tries}: {settings}\n", flush=True)
+    write_whole(args.json, [json.dumps(best, indent=1).encode()])
 
 
 if __name__ == "__main__":
