@@ -25,7 +25,7 @@ Deviations from the paper, on purpose:
 But: one state at a time; the control does not plan over the draws to come, V has to know them.
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -91,19 +91,6 @@ def kl_ball(logits, delta, max_kl, iterations=10):
     return low
 
 
-def step_for_kl(value, hidden, psi, mask, nats):
-    """
-    The step_size at which one step costs `nats` a text, to second order, from uncontrolled rollouts
-    (hidden, psi (N, T, n_embd), mask (N, T)). A small u costs Var_p(w . u) / 2 = E[(psi . u)^2] / 2.
-    """
-    v, q = value.q_values(hidden, psi)                         # q - v = dV/dx . psi_x = psi . u at step 1
-    cost = ((q - v) ** 2 * mask).sum(1).mean().item() / 2
-    if not 0 < cost < math.inf:
-        raise InputError(f"V has no usable gradient (a step of 1 costs {cost:g} nats a text); does the "
-                         f"reward vary?")
-    return math.sqrt(nats / cost)
-
-
 @dataclass
 class Controller:
     """How to steer: hidden (B, n_embd) -> u. `step_size` below 0 steers the other way."""
@@ -115,3 +102,32 @@ class Controller:
 
     def __call__(self, hidden):
         return ascend(self.value, hidden, self.steps, self.step_size, self.radius)
+
+
+@torch.no_grad()
+def step_for_kl(model, control, rollout, nats, states=1024):
+    """
+    The step_size at which `control` costs `nats` a text on the states of an uncontrolled rollout.
+
+    Bisection on the exact KL, averaged over so many of the states, times the tokens a text has: rare
+    tokens, which drawn texts hardly show, count in full. What control changes of later states does not.
+    """
+    hidden = rollout.hidden[rollout.mask]
+    chosen = torch.randperm(len(hidden), generator=torch.Generator().manual_seed(0))[:states]
+    hidden, length = hidden[chosen.to(hidden.device)], rollout.mask.sum().item() / len(rollout.mask)
+    log_p = model.unembed(hidden).log_softmax(-1)                          # (states, n_vocab)
+
+    def cost(step_size):
+        delta = model.unembed(replace(control, step_size=step_size)(hidden))
+        return kl_divergence((log_p + delta).log_softmax(-1), log_p).mean().item() * length
+    high = 2.0 ** -20
+    while cost(high) < nats:
+        high *= 4
+        if high > 2 ** 30:
+            raise InputError(f"no control costs {nats} nats a text: V is flat or the radius too small; does the "
+                             f"reward vary?")
+    low = high / 4
+    for _ in range(10):
+        middle = (low + high) / 2
+        low, high = (middle, high) if cost(middle) < nats else (low, middle)
+    return low

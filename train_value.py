@@ -159,8 +159,8 @@ def main(argv=None):
     trained = time.time()
     held_out, outcome, _ = rolled(args.held_out, args.seed + 1, "held-out rollouts", record=True)
     report(value, held_out, outcome)
-    step_size = step_for_kl(value, rollout.hidden, rollout.psi, rollout.mask, NATS)
     radius = math.inf if args.method == "paper" else 1.0
+    step_size = step_for_kl(model, Controller(value, radius=radius), rollout, NATS)
     value.save(args.out, fingerprint=fingerprint(model), model=str(args.model), method=args.method,
                **settings, reward=args.reward, rollouts=args.rollouts, tokens=args.tokens,
                temperature=1.0, seed=args.seed, step_size=step_size, radius=radius)

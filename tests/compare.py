@@ -82,9 +82,9 @@ def main(argv=None):
         value = train(rollout, rewards, **settings[method], seed=args.seed)
         fits.append(f"{method} {exact.r_squared(value, base):.4f}" if toy else "")
         for nats in map(float, budgets):
-            step = step_for_kl(value, rollout.hidden, rollout.psi, rollout.mask, nats)
-            radius = math.inf if method == "paper" else args.radius
-            drawn, scores, checked = rows(f"{method} {nats}", Controller(value, step_size=step, radius=radius))
+            control = Controller(value, radius=math.inf if method == "paper" else args.radius)
+            step = control.step_size = step_for_kl(model, control, rollout, nats)
+            drawn, scores, checked = rows(f"{method} {nats}", control)
             found = sample.figures(drawn, scores, clusters)
             gained = sample.mean_error(scores - earned, clusters)
             print(line(method, step, found, gained) + checked

@@ -5,12 +5,14 @@ and by autograd, KL by torch.distributions in float64. Random nets, states and l
     python -m pytest tests/test_control.py
 """
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.distributions import Categorical, kl_divergence as reference_kl
 
 from control import Controller, ascend, kl_ball, kl_divergence, step_for_kl
+from model import InputError
 from test_value import random_net
 
 SIZES = [(4, 3), (16, 8), (8, 40)]     # n_embd, width: V may have more directions than the state
@@ -120,14 +122,37 @@ def test_controller_hands_on_its_settings():
     assert control.max_kl == math.inf
 
 
-def test_step_for_kl():
+class Head:
+    """What step_for_kl needs of a model."""
+    def __init__(self, n_vocab, n_embd):
+        self.weight = torch.randn(n_vocab, n_embd) / 3
+
+    def unembed(self, hidden):
+        return hidden @ self.weight.T
+
+
+@pytest.mark.parametrize("steps, radius", [(1, 1e3), (3, 1e3), (1, 0.5)])
+def test_step_for_kl(steps, radius):
     value, hidden = scene(1)
-    hidden, psi = hidden.view(5, 4, 16), torch.randn(5, 4, 16)
-    mask = torch.arange(4) < torch.tensor([4, 1, 2, 3, 4])[:, None]
-    u = ascend(value, hidden, 1, 1.0, 1e3)                                   # at step size 1
-    cost = sum((psi[i, t] @ u[i, t]).item() ** 2 / 2 for i, t in mask.nonzero().tolist()) / 5
-    step = step_for_kl(value, hidden, psi, mask, 0.3)
-    assert step ** 2 * cost == pytest.approx(0.3, rel=1e-4)
+    model, mask = Head(30, 16), torch.arange(4) < torch.tensor([4, 1, 2, 3, 4])[:, None]
+    rollout = SimpleNamespace(hidden=hidden.view(5, 4, 16), mask=mask)
+    control = Controller(value, steps, radius=radius)
+    step = step_for_kl(model, control, rollout, 0.3)
+    real = rollout.hidden[mask]
+    moved = real + ascend(value, real, steps, step, radius)
+    pair = [Categorical(logits=model.unembed(h).double()) for h in (moved, real)]
+    assert reference_kl(*pair).sum().item() / 5 == pytest.approx(0.3, rel=2e-3)
+    assert control.step_size == 1.0                            # not touched
+
+
+def test_step_for_kl_out_of_reach():
+    value, hidden = scene(1)
+    rollout = SimpleNamespace(hidden=hidden.view(5, 4, 16), mask=torch.ones(5, 4, dtype=torch.bool))
+    with pytest.raises(InputError, match="radius"):
+        step_for_kl(Head(30, 16), Controller(value, radius=1e-3), rollout, 5.0)
+    value.w2.zero_()
+    with pytest.raises(InputError, match="does the reward vary"):
+        step_for_kl(Head(30, 16), Controller(value), rollout, 0.1)
 
 
 # ------------------------------------------------------------------------------------------- the KL

@@ -215,7 +215,7 @@ def test_the_step_for_a_kl_costs_that_kl(model, rows, nats):
     rollout = rolled(model, 50 * rows, "plain", record=True)
     control = strong_control(radius=100.0)
     control.steps = 1
-    control.step_size = step_for_kl(control.value, rollout.hidden, rollout.psi, rollout.mask, nats)
+    control.step_size = step_for_kl(model, control, rollout, nats)
     cost = rolled(model, 50 * rows, control=control)
     assert ((cost.kl * cost.mask).sum(1).mean() / nats - 1).abs() < 0.15     # 600 texts
 

@@ -114,7 +114,7 @@ def test_control_against_the_exact_optimum(toy, nets, nats, least):
     exact = Exact(model, encoder, prompts, others, TOKENS)
     shares = {}
     for name, value in nets.items():
-        step = step_for_kl(value, trained.hidden, trained.psi, trained.mask, nats)
+        step = step_for_kl(model, Controller(value, radius=2.0), trained, nats)
         control = Controller(value, step_size=step)
         drawn, scores, _ = roll_out(model, encoder, sentiment, prompts, 2000, TOKENS, seed=5, control=control)
         kl = sample.figures(drawn, scores)["kl_text"]

@@ -8,19 +8,20 @@ The best try of each method goes to --json, for tests/compare.py --settings.
 
 A try is trained on one set of rollouts and scored on another, of other draws:
 
-    score   the gain a small step buys for its cost, gain = score * sqrt(2 KL): with g = step_size 1's u,
-            sum_t E[psi_t . g R] / sqrt(sum_t E[(psi_t . g)^2])
+    gain    of one step that costs --nats a text, E[R sum_t psi_t . u_t]: the first-order effect of u on the
+            draws, at the exact KL of the step (control.step_for_kl)
 
-The score is first order: it sees the direction of the control, not what happens where steps are long.
-No text is steered here, and nothing reported is drawn.
+No text is steered here, and nothing that is reported is drawn.
 """
 import json
+import math
 import random
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import sample                                                                         # noqa: E402
+from control import Controller, step_for_kl                                           # noqa: E402
 from train_value import METHODS, roll_out, train                                      # noqa: E402
 from value import load_reward, write_whole                                                         # noqa: E402
 
@@ -30,12 +31,11 @@ OWN = {"q": {"lam": [0.5, 0.8, 0.95, 1.0], "gain": [1.0, 3.0, 10.0, 30.0]},
        "plain": {"lam": [0.5, 0.8, 0.95, 1.0]}, "paper": {}}      # what defines a method stays as it is
 
 
-def score(value, rollout, rewards):
-    """-> (score, its standard error): see above."""
+def predicted(model, value, rollout, rewards, nats):
+    """-> (gain, its standard error): see above."""
+    step = step_for_kl(model, Controller(value, radius=math.inf), rollout, nats, states=256)
     v, q = value.q_values(rollout.hidden, rollout.psi)         # q - v = psi . u at step_size 1
-    effect = (q - v) * rollout.mask
-    scale = effect.square().sum(1).mean().sqrt()
-    return sample.mean_error(effect.sum(1) * (rewards - rewards.mean()) / scale)
+    return sample.mean_error(step * ((q - v) * rollout.mask).sum(1) * (rewards - rewards.mean()))
 
 
 def main(argv=None):
@@ -44,6 +44,7 @@ def main(argv=None):
     add("--reward", default="sentiment", help="as in train_value.py")
     add("--rollouts", type=sample.number(int, 16, 2 ** 31), default=4000, help="texts to learn from")
     add("--held-out", type=sample.number(int, 16, 2 ** 31), default=4000, help="texts to score on")
+    add("--nats", type=sample.number(float, 1e-3, 100), default=0.5, help="a text: the budget to be good at")
     add("--tries", type=sample.count, default=32, help="a method")
     add("--json", default="out/tuned.json", metavar="FILE", help="where the best settings are written")
     args = parser.parse_args(argv)
@@ -62,7 +63,7 @@ def main(argv=None):
             own = random.Random(rng.random())
             drawn |= {name: own.choice(options) for name, options in OWN[method].items()}
             value = train(rollout, rewards, **{**METHODS[method], **drawn}, seed=args.seed)
-            tried.append((*score(value, held_out, outcome), drawn))
+            tried.append((*predicted(model, value, held_out, outcome, args.nats), drawn))
             print(f"{method:6}{tried[-1][0]:7.3f} +- {tried[-1][1]:.3f}  "
                   + "  ".join(f"{name} {setting:g}" for name, setting in drawn.items()), flush=True)
         (top, _, settings) = max(tried, key=lambda row: row[0])
