@@ -124,8 +124,8 @@ def step_for_kl(model, control, rollout, nats, states=1024):
     while cost(high) < nats:
         high *= 4
         if high > 2 ** 30:
-            raise InputError(f"no control costs {nats} nats a text: V is flat or the radius too small; does the "
-                             f"reward vary?")
+            raise InputError(f"no control costs {nats} nats a text: V is flat or the radius too small; does "
+                             f"the reward vary?")
     low = high / 4
     for _ in range(10):
         middle = (low + high) / 2

@@ -1,7 +1,5 @@
 """
-GPT-2, with its state in the open.
-
-A language model is a discrete-time stochastic dynamical system:
+GPT-2, with its state in the open. A language model is a discrete-time stochastic dynamical system:
 
     state       h_t      = the hidden state after the final layer norm   model(tokens)    (B, T, n_embd)
     output      logits_t = W h_t,  W the token embedding (tied head)     model.unembed(h) (B, T, n_vocab)
@@ -26,7 +24,7 @@ import time
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.error import HTTPError, URLError
+from urllib.error import URLError
 from urllib.parse import urlsplit
 
 import torch
@@ -179,12 +177,13 @@ def read_config(name):
     """config.json -> Config. InputError where it asks for a network this file does not implement."""
     raw = read_json(path := find(name, "config.json"))
     off = [key for key, values in IMPLEMENTED.items() if raw.get(key, values[0]) not in values]
-    off += [key for key in SIZES if type(raw.get(key)) is not int or raw[key] < 1]
+    off += [key for key in SIZES if type(raw.get(key)) is not int
+            or not 0 < raw[key] < (1000 if key == "n_layer" else 2 ** 24)]
     if not off:
         last, inner = raw["vocab_size"] - 1, raw.get("n_inner") or 4 * raw["n_embd"]
         ends, eps = [raw.get(key, last) for key in ENDS], raw.get("layer_norm_epsilon", 1e-5)
         off += ["n_head"] * (raw["n_embd"] % raw["n_head"] > 0)
-        off += ["n_inner"] * (type(inner) is not int or inner < 1)
+        off += ["n_inner"] * (type(inner) is not int or not 0 < inner < 2 ** 24)
         off += ["layer_norm_epsilon"] * (type(eps) not in (int, float) or not 0 <= eps < 1)
         off += [key for key, end in zip(ENDS, ends) if type(end) is not int or not 0 <= end <= last]
     if off:
@@ -195,33 +194,40 @@ def read_config(name):
 
 def load_weights(model, name, device, dtype, extra):
     """Fill the model from a public checkpoint, every name and shape checked -> {name: tensor} of `extra`."""
-    path, state = find(name, "model.safetensors"), {}
+    path, state, off = find(name, "model.safetensors"), {}, []
     for key, tensor in read_safetensors(path):
         key = key.removeprefix("transformer.")
         if key.endswith(TRANSPOSED) and tensor.dim() == 2:
             tensor = tensor.T
+        off += [f"{key} twice"] * (key in state)
         if not key.endswith(IGNORED):
             state[key] = tensor.to(device, dtype).contiguous()
     head, extra = state.pop("lm_head.weight", None), {key: state.pop(key, None) for key in extra}
-    off = [f"missing {key}" for key, tensor in extra.items() if tensor is None]
+    off += [f"missing {key}" for key, tensor in extra.items() if tensor is None]
     if head is not None and not torch.equal(head, state.get("wte.weight", head)):
         off.append("lm_head.weight differs from wte.weight, and only a tied head is implemented")
     try:
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:                              # lists every name that is off
-        off.append(str(error))
+        off.append(str(error)[:2000])
     if off:
         raise InputError(f"{path}: not the weights wanted: {'; '.join(off)}; choose a plain GPT-2 model")
     return extra
 
 
-# --------------------------------------------------------------------------- JSON and safetensors
+# ------------------------------ JSON and safetensors (https://github.com/huggingface/safetensors)
 # 8 bytes little-endian header length, a JSON header, the tensors' bytes one after the other. The header:
 # {"name": {"dtype": "F32", "shape": [..], "data_offsets": [begin, end]}, .., "__metadata__": {str: str}}.
-# https://github.com/huggingface/safetensors
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64":
-          torch.int64, "I32": torch.int32, "U8": torch.uint8, "I8": torch.int8, "BOOL": torch.bool}
+          torch.int64, "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def recognise(data):
+    """ValueError where the bytes begin like what is often found in a file's place."""
+    for start, what in ((b"version https://git-lfs", "Git-LFS pointer"), (b"<", "web page")):
+        if data.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(start):
+            raise ValueError(f"a {what} lies in its place")
 
 
 def parse_json(data):
@@ -230,9 +236,7 @@ def parse_json(data):
         if len(dict(pairs)) < len(pairs):
             raise ValueError("a name is given twice")
         return dict(pairs)
-    for start, what in ((b"version https://git-lfs", "Git-LFS pointer"), (b"<", "web page")):
-        if data.lstrip().startswith(start):
-            raise ValueError(f"a {what} lies in its place")
+    recognise(data)
     parsed = json.loads(data.decode("utf-8"), object_pairs_hook=once, parse_constant=int)   # int("NaN") raises
     if not isinstance(parsed, dict):
         raise ValueError("no JSON object")
@@ -254,7 +258,8 @@ def read_header(path):
         length = int.from_bytes(start[:8], "little")
         try:
             if len(start) < 8 or length > min(100_000_000, size - 8):
-                raise ValueError(f"its header cannot be: {parse_json(start)}")
+                recognise(start)
+                raise ValueError(f"{size} bytes cannot hold its header")
             file.seek(8)
             header = parse_json(file.read(length))
             metadata = dict(header.pop("__metadata__", {}))
@@ -289,8 +294,7 @@ def read_safetensors(path):
 
 
 # ----------------------------------------------------------------------- files: directory, cache, hub
-# A model is a directory, or a name on the hub. What is cached there is used, what is fetched is kept there:
-# models--org--name/refs/main holds a commit, models--org--name/snapshots/<commit>/<file> are the files.
+# A model is a directory or a name of the hub, cached as models--org--name/snapshots/<commit>/<file>.
 
 PUBLIC = {f"gpt2{size}": f"openai-community/gpt2{size}" for size in ("", "-medium", "-large", "-xl")}
 PUBLIC["distilgpt2"] = "distilbert/distilgpt2"
@@ -300,12 +304,12 @@ OFFLINE, TIMEOUT = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"), 30      # seconds
 def find(name, file, optional=False):
     """The path of a model's file, fetched if need be; None where a model lacks an optional one."""
     name, env = str(name), os.environ.get
-    home = Path(env("HF_HOME") or Path(env("XDG_CACHE_HOME") or "~/.cache", "huggingface")).expanduser()
-    cache = Path(env("HF_HUB_CACHE") or home / "hub").expanduser()
+    home = Path(os.path.expanduser(env("HF_HOME") or Path(env("XDG_CACHE_HOME") or "~/.cache", "huggingface")))
+    cache = Path(os.path.expanduser(env("HF_HUB_CACHE") or home / "hub"))
     aliases = [name] + [other for pair in PUBLIC.items() if name in pair for other in pair]
     folders = [cache / f"models--{alias.replace('/', '--')}" for alias in aliases]
     places = [folder / "snapshots" / text_of(folder / "refs/main") for folder in folders]
-    if local := Path(name).is_dir():
+    if local := os.path.isdir(name):
         places = [Path(name)]
     elif not re.fullmatch(r"(?!.*\.\.)\w[\w.-]*(/\w[\w.-]*)?", name):
         raise InputError(f"{name}: no such directory, nor a name of the hub; check it")
@@ -313,16 +317,17 @@ def find(name, file, optional=False):
     if not found and not local:
         try:
             if {str(env(flag)).lower() for flag in OFFLINE} & {"1", "on", "yes", "true"}:
-                raise ConnectionError("HF_HUB_OFFLINE is set: unset it")
-            token = env("HF_TOKEN") or text_of(Path(env("HF_TOKEN_PATH") or home / "token"))
+                raise ConnectionError(f"offline: unset {' and '.join(filter(env, OFFLINE))}")
+            token = "".join((env("HF_TOKEN") or text_of(Path(env("HF_TOKEN_PATH") or home / "token"))).split())
             found = fetch(name, file, folders[0], env("HF_ENDPOINT") or "https://huggingface.co", token)
         except (OSError, ValueError, http.client.HTTPException) as error:
-            mend = ("check the name, or set HF_TOKEN" if isinstance(error, HTTPError) else
+            network = (URLError, ConnectionError, TimeoutError, ValueError, http.client.HTTPException)
+            mend = ("check the name, or set HF_TOKEN" if getattr(error, "code", 0) in (401, 403) else
                     "try again, or set HF_ENDPOINT to a mirror, or HF_HUB_CACHE to a cache that has it"
-                    if isinstance(error, (URLError, ConnectionError, TimeoutError)) else
-                    "make room, or set HF_HUB_CACHE to another directory")
-            raise InputError(f"{name}: no directory here, and {file} is not in {cache} nor can be fetched into "
-                             f"it ({error}); {mend}") from None
+                    if isinstance(error, network) else "make room, or set HF_HUB_CACHE to another directory")
+            if getattr(error, "code", 0) != 404:               # which says that there is no such file
+                raise InputError(f"{name}: no directory here, and {file} is not in {cache} nor can be fetched "
+                                 f"into it ({error}); {mend}") from None
     if not found and not optional:
         raise InputError(f"{name}: has no {file}; a model is a config.json and a model.safetensors (no sharded "
                          f"model.safetensors.index.json, no pickled pytorch_model.bin), here or on the hub")
@@ -331,7 +336,7 @@ def find(name, file, optional=False):
 
 def text_of(path):
     """The text of a small file, "" where there is none."""
-    return path.read_text(errors="replace").strip() if os.path.isfile(path) else ""
+    return path.read_text(errors="replace").strip() if os.path.isfile(path) and os.access(path, os.R_OK) else ""
 
 
 class Redirect(urllib.request.HTTPRedirectHandler):
@@ -354,17 +359,12 @@ def ask(url, headers):
 
 
 def fetch(name, file, folder, endpoint, token):
-    """A file of a model from the hub into its folder of the cache -> its path; None if it has none."""
+    """A file of a model from the hub into its folder of the cache -> its path."""
     ref, headers = folder / "refs/main", {"Authorization": f"Bearer {token}"} if token else {}
     url = f"{endpoint.rstrip('/')}/{PUBLIC.get(name, name)}/resolve/{text_of(ref) or 'main'}/{file}"
-    try:
-        response, told = ask(url, headers)
-    except HTTPError as error:
-        if error.code == 404:
-            return None
-        raise
+    response, told = ask(url, headers)
     commit, etag = told.get("x-repo-commit", ""), told.get("x-linked-etag", told.get("etag", "")).strip('W/"')
-    size = int(told.get("x-linked-size", told.get("content-length", -1)))
+    size = int(told.get("x-linked-size") or response.headers["Content-Length"] or -1)         # -1: not said
     if not re.fullmatch("[0-9a-f]{40}", commit) or not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", etag):
         raise ConnectionError(f"{endpoint} does not answer like the hub")
     path, began = folder / "snapshots" / commit / file, time.time()
@@ -376,16 +376,16 @@ def fetch(name, file, folder, endpoint, token):
             had = have = part.seek(0, 2)
             if 0 < had < size:                                 # a transfer that broke: ask for the rest
                 response, _ = ask(url, {**headers, "Range": f"bytes={had}-"})
-            if response.status != 206:
+            if have != size and response.status != 206:
                 had = have = part.truncate(0)
-            for chunk in iter(lambda: response.read1(2 ** 20), b""):
+            while (have < size or size < 0) and (chunk := response.read1(2 ** 20)):
                 have += part.write(chunk)
                 if sys.stderr.isatty():
                     speed = (have - had) / (time.time() - began)
-                    print(f"\r{file}: {have / 1e6:.0f} of {size / 1e6:.0f} MB, {speed / 1e6:.1f} MB/s, "
-                          f"{(size - have) / speed:.0f} s left ", end="\n" * (have == size), file=sys.stderr)
+                    print(f"\033[K{file}: {have / 1e6:.0f} of {size / 1e6:.0f} MB, {speed / 1e6:.1f} MB/s, "
+                          f"{(size - have) / speed:.0f} s left", end="\r\n"[have == size], file=sys.stderr)
             part.seek(0)
-            digest = hashlib.sha256() if len(etag) == 64 else hashlib.sha1(b"blob %d\0" % size)     # as git's
+            digest = hashlib.sha256() if len(etag) == 64 else hashlib.sha1(b"blob %d\0" % have)     # as git's
             for chunk in iter(lambda: part.read(2 ** 20), b""):
                 digest.update(chunk)
             if have < size:
@@ -395,5 +395,5 @@ def fetch(name, file, folder, endpoint, token):
                 raise ConnectionError(f"what {endpoint} sent has another hash than it announced")
             os.replace(part.name, path)
         Path(part.name).unlink(missing_ok=True)
-    ref.write_text(commit)
+    text_of(ref) == commit or ref.write_text(commit)           # the rewriting would show it empty
     return path

@@ -24,6 +24,7 @@ import math
 import os
 import sys
 import time
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -221,9 +222,9 @@ def read_prompts(path):
     """
     opened = gzip.open if str(path).endswith(".gz") else open
     try:
-        with opened(path, "rt", encoding="utf-8") as file:
+        with opened(path, "rt", encoding="utf-8-sig") as file:
             lines = [line.rstrip("\r\n") for line in file]
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: cannot be read ({error}); --prompts takes a text file, one prompt "
                          f"a line, or a .jsonl(.gz)") from None
     prompts = [line for line in lines if line.strip()]
@@ -239,7 +240,7 @@ def _dialogue(path, number, line):
     try:
         text = json.loads(line)["chosen"]
         return text[:text.rindex(turn) + len(turn)]
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InputError(f'{path}, line {number}: not {{"chosen": "..Assistant:.."}} in JSON; '
                          f"mend or remove the line") from None
 
@@ -254,7 +255,10 @@ def encode_prompts(model, encoder, texts, n_tokens):
     for text in texts:
         if text != text.encode(errors="ignore").decode():      # bytes of the command line, not text
             raise InputError(f"the prompt {text!r} is not UTF-8; write it anew")
-        tokens = encoder.encode(text, allowed_special="all")
+        try:
+            tokens = encoder.encode(text, allowed_special="all")
+        except ValueError as error:                            # of a million spaces, for one
+            raise InputError(f"the prompt {text[:40]!r} .. cannot be encoded ({error}); shorten it") from None
         if not tokens:
             raise InputError("an empty prompt; give at least one word")
         if len(tokens) < room:
@@ -378,7 +382,7 @@ def load(args):
         raise InputError(f"--device {args.device}: {str(error).splitlines()[0]}; use --device cpu") from None
     model = GPT.from_pretrained(args.model, device, getattr(torch, args.dtype))
     encoder = load_tokenizer(args.model)
-    if encoder.n_vocab > model.config.n_vocab:
+    if encoder.n_vocab != model.config.n_vocab:
         raise InputError(f"{args.model}: a vocabulary of {encoder.n_vocab} tokens for a model of "
                          f"{model.config.n_vocab}; fetch both from one model")
     own = Path(args.model) / "prompts.txt"
@@ -448,8 +452,9 @@ def load_control(args, model):
     """-> the Controller that the options and the value net describe, and the reward to report."""
     value = ValueNet.load(args.value, model)
     info = value.info
-    if missing := {"reward", "method", "step_size", "radius"} - info.keys():
-        raise InputError(f"{args.value}: does not say its {', '.join(sorted(missing))}; train it again")
+    wanted = {"reward": str, "method": str, "step_size": float, "radius": float}
+    if missing := [key for key, kind in wanted.items() if type(info.get(key)) is not kind]:
+        raise InputError(f"{args.value}: does not say its {', '.join(missing)}; train it again")
     step_size = info["step_size"] if args.step_size is None else args.step_size
     radius = info["radius"] if args.radius is None else args.radius
     control = Controller(value, args.steps, args.sign * step_size / args.steps, radius, args.max_kl)
@@ -527,13 +532,14 @@ def progress(label):
 
 def run(main):
     """Run a script: InputError is one line and exit code 2, an interrupt exit code 130."""
+    clear = "\033[K" * sys.stderr.isatty()                     # of a progress line
     try:
         main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (InputError, OSError) as error:                     # OSError: a disk that is full or forbidden
+        print(f"{clear}error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted; every file is the whole old one or the whole new one", file=sys.stderr)
+        print(f"{clear}interrupted; every file is the whole old one or the whole new one", file=sys.stderr)
         sys.exit(130)
 
 

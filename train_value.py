@@ -34,6 +34,9 @@ METHODS = {
     "plain": dict(lam=1.0, gain=0.0, standardised=True, epochs=5, rate=3e-3, decay=1.0, width=128),
     # values alone, one-step targets, raw states, no ball
     "paper": dict(lam=0.0, gain=0.0, standardised=False, epochs=5, rate=3e-3, decay=1.0, width=128),
+    # static directions, the same u everywhere: least squares of the reward on the states, or on the draws
+    "static": dict(on="states", ridge=0.1),
+    "draws": dict(on="draws", ridge=0.1),
 }
 NATS = 0.5      # a text: the cost of the control whose step size is saved with V as sample.py's default
 
@@ -47,10 +50,38 @@ def roll_out(model, encoder, reward, prompts, samples, n_tokens, seed, **how):
     return rollout, torch.tensor(reward(texts), device=rollout.mask.device), texts
 
 
-def train(rollout, rewards, lam, gain, standardised, epochs, rate, decay, width, batch=64, seed=0,
+def train(rollout, rewards, seed=0, log=None, **settings):
+    """Rollout of N texts and rewards (N,) -> a frozen ValueNet, by the settings of one of METHODS."""
+    if "ridge" in settings:
+        return fit_line(rollout, rewards, **settings)
+    return fit_net(rollout, rewards, seed=seed, log=log, **settings)
+
+
+def fit_line(rollout, rewards, on, ridge):
+    """
+    V(h) = w . x + const by ridge regression of the rewards on x, or of what is left of them on psi_x.
+
+    Its gradient is the constant w: a static direction. As a ValueNet it is one tanh, far from bending.
+    """
+    states = rollout.hidden[rollout.mask]                      # (states, n_embd)
+    value = ValueNet(states.size(1), 1).to(states.device)
+    value.mean.copy_(states.mean(0))
+    value.std.copy_(states.std(0).clamp(min=1e-6))
+    features = (states - value.mean) / value.std if on == "states" else rollout.psi[rollout.mask] * value.std
+    outcome = (rewards - rewards.mean())[:, None].expand_as(rollout.mask)[rollout.mask]
+    gram = features.T @ features                               # (n_embd, n_embd)
+    w = torch.linalg.solve(gram + ridge * gram.diag().mean() * torch.eye(len(gram), device=gram.device),
+                           features.T @ outcome)
+    value.w1.data[0] = 1e-3 * w / w.norm()
+    value.w2.data[0] = 1e3 * w.norm()
+    value.b2.data.fill_(rewards.mean())
+    return value.requires_grad_(False)
+
+
+def fit_net(rollout, rewards, lam, gain, standardised, epochs, rate, decay, width, batch=64, seed=0,
           log=None):
     """
-    Rollout of N texts and rewards (N,) -> a frozen ValueNet, by AdamW on batches of whole texts.
+    V and, where gain > 0, its gradient, by TD(lambda) and AdamW on batches of whole texts.
 
     `rate` is the peak learning rate, falling to 0 along a cosine; `decay` the decoupled weight decay. b2
     starts at the mean reward, the best constant. `log(epoch, loss)` is called after each epoch.
@@ -119,7 +150,8 @@ def parse_args(argv):
     add("--reward", default="sentiment", metavar="NAME", help="sentiment, path/to/file.py:function, or a GPT-2 "
                                                               "classifier: a directory or a name of the hub")
     add("--method", choices=METHODS, default="q", help="q: V and its gradient; plain: values alone; paper: "
-                                                       "values alone, one-step targets, raw states, no ball")
+        "values alone, one-step targets, raw states, no ball; static, draws: one direction for all states, by "
+        "least squares of the reward on the states or the draws")
     own = parser.add_argument_group("settings of training", "default: the method's own").add_argument
     own("--lam", type=number(float, 0, 1), default=argparse.SUPPRESS,
         help="lambda of TD(lambda): 0 moves the reward back one token a pass, 1 is Monte Carlo")
@@ -131,6 +163,8 @@ def parse_args(argv):
     add("--rollouts", type=number(int, 16, 2 ** 31), default=4000, help="texts to learn from")
     add("--held-out", type=number(int, 16, 2 ** 31), default=1000, help="texts to report on")
     own("--width", type=number(int, 1, 65536), default=argparse.SUPPRESS, help="of V's hidden layer")
+    own("--ridge", type=number(float, 0, 1e9), default=argparse.SUPPRESS,
+        help="of static and draws, relative to the mean square of a feature")
     args = parser.parse_args(argv)
     for name, setting in METHODS[args.method].items():
         setattr(args, name, getattr(args, name, setting))
@@ -159,7 +193,7 @@ def main(argv=None):
     trained = time.time()
     held_out, outcome, _ = rolled(args.held_out, args.seed + 1, "held-out rollouts", record=True)
     report(value, held_out, outcome)
-    radius = math.inf if args.method == "paper" else 1.0
+    radius = 1.0 if settings.get("standardised") else math.inf
     step_size = step_for_kl(model, Controller(value, radius=radius), rollout, NATS)
     value.save(args.out, fingerprint=fingerprint(model), model=str(args.model), method=args.method,
                **settings, reward=args.reward, rollouts=args.rollouts, tokens=args.tokens,

@@ -211,9 +211,9 @@ def load_tokenizer(name):
         vocabulary = read_json(path)
         special = {t: i for t, i in vocabulary.items() if t.startswith("<|") and t.endswith("|>")}
         ranks = {bytes(BYTES[c] for c in t): i for t, i in vocabulary.items() if t not in special}
-        if any(type(i) is not int or not 0 <= i < 2 ** 31 for i in vocabulary.values()) \
-                or len(set(vocabulary.values())) < len(vocabulary):
-            raise ValueError("the ids are not different whole numbers")
+        if any(type(i) is not int for i in vocabulary.values()) \
+                or sorted(vocabulary.values()) != list(range(len(vocabulary))):
+            raise ValueError("the ids are not 0, 1, 2, ..")
         if any(bytes([b]) not in ranks for b in range(256)):
             raise ValueError("some of the 256 single bytes are missing")
     except (KeyError, TypeError, ValueError) as error:
@@ -261,6 +261,8 @@ class RewardModel:
         self.encoder, self.score = load_tokenizer(name), self.gpt.extra["score.weight"]
         if tuple(self.score.shape) not in ((1, self.gpt.config.n_embd), (2, self.gpt.config.n_embd)):
             raise InputError(f"{name}: score.weight is {tuple(self.score.shape)}, not that of one label or two")
+        if self.encoder.n_vocab > self.gpt.config.n_vocab or not self.score.isfinite().all():
+            raise InputError(f"{name}: fewer states than tokens, or scores that are no numbers; fetch it again")
 
     def __call__(self, texts):
         """texts -> scores. All of a text is text: "<|endoftext|>" in it is no token."""

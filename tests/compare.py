@@ -82,7 +82,8 @@ def main(argv=None):
         value = train(rollout, rewards, **settings[method], seed=args.seed)
         fits.append(f"{method} {exact.r_squared(value, base):.4f}" if toy else "")
         for nats in map(float, budgets):
-            control = Controller(value, radius=math.inf if method == "paper" else args.radius)
+            ball = args.radius if settings[method].get("standardised") else math.inf
+            control = Controller(value, radius=ball)
             step = control.step_size = step_for_kl(model, control, rollout, nats)
             drawn, scores, checked = rows(f"{method} {nats}", control)
             found = sample.figures(drawn, scores, clusters)

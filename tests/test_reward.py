@@ -12,12 +12,12 @@ import torch
 
 import sample
 import train_value
-from model import GPT, Config
+from model import GPT, Config, InputError, read_safetensors
 from sample import end_turns, read_prompts
 from test_loading import refused
 from test_model import CONFIG, SHARED, tiny_weights, write_checkpoint
 from test_scripts import TOY
-from value import RewardModel, load_reward, load_tokenizer
+from value import RewardModel, load_reward, load_tokenizer, write_safetensors
 
 WORDS = json.loads((TOY / "vocab.json").read_text())
 
@@ -91,6 +91,16 @@ def test_what_is_no_classifier(tmp_path):
     refused(lambda: GPT.from_pretrained(write_classifier(tmp_path / "one")), "score.weight")
 
 
+def test_classifiers_that_are_damaged(tmp_path):
+    directory = write_classifier(tmp_path / "nan")
+    weights = dict(read_safetensors(directory / "model.safetensors"))
+    weights["score.weight"][0, 0] = float("nan")
+    write_safetensors(directory / "model.safetensors", weights, {})
+    refused(lambda: RewardModel(directory), "numbers")
+    (directory / "vocab.json").write_text(json.dumps({**WORDS, "onemore": len(WORDS)}))
+    refused(lambda: RewardModel(directory), "tokens")
+
+
 def test_film_review_classifier():
     if not (SHARED / "imdb-reward").is_dir() or not (SHARED / "tiktoken_cache").is_dir():
         pytest.skip("../shared is not there")
@@ -117,6 +127,21 @@ def test_train_and_steer_by_a_classifier(tmp_path, monkeypatch, capsys):
 
 
 # ---------------------------------------------------------------------------------------- dialogues
+
+def test_prompt_files_that_are_damaged(tmp_path):
+    path, line = tmp_path / "d.jsonl.gz", json.dumps({"chosen": "\n\nHuman: a\n\nAssistant: b"})
+    whole = gzip.compress(b"\xef\xbb\xbf" + (line + "\n").encode() * 20, mtime=0)
+    path.write_bytes(whole)
+    assert read_prompts(path) == ["\n\nHuman: a\n\nAssistant:"] * 20      # a byte-order mark is no text
+    for i in range(10, len(whole)):
+        path.write_bytes(whole[:i] + bytes([whole[i] ^ 0x55]) + whole[i + 1:])
+        try:
+            read_prompts(path)
+        except InputError as error:
+            assert len(str(error).splitlines()) == 1
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
+    refused(lambda: read_prompts(tmp_path / "deep.jsonl"), "line 1")
+
 
 def test_every_real_dialogue_parses_without_its_answer():
     path = SHARED / "hh-rlhf/harmless-base-test.jsonl.gz"

@@ -25,10 +25,11 @@ from control import Controller, step_for_kl                                     
 from train_value import METHODS, roll_out, train                                      # noqa: E402
 from value import load_reward, write_whole                                                         # noqa: E402
 
-RANGES = {"epochs": [1, 2, 3, 5, 8], "rate": [3e-4, 1e-3, 3e-3, 1e-2, 3e-2], "decay": [0.0, 0.3, 1.0, 3.0],
+NET = {"epochs": [1, 2, 3, 5, 8], "rate": [3e-4, 1e-3, 3e-3, 1e-2, 3e-2], "decay": [0.0, 0.3, 1.0, 3.0],
           "width": [64, 128, 256]}
-OWN = {"q": {"lam": [0.5, 0.8, 0.95, 1.0], "gain": [1.0, 3.0, 10.0, 30.0]},
-       "plain": {"lam": [0.5, 0.8, 0.95, 1.0]}, "paper": {}}      # what defines a method stays as it is
+LAM, RIDGE = [0.5, 0.8, 0.95, 1.0], [3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0]
+RANGES = {"q": {**NET, "lam": LAM, "gain": [1.0, 3.0, 10.0, 30.0]}, "plain": {**NET, "lam": LAM}, "paper": NET,
+          "static": {"ridge": RIDGE}, "draws": {"ridge": RIDGE}}      # what defines a method stays as it is
 
 
 def predicted(model, value, rollout, rewards, nats):
@@ -57,18 +58,19 @@ def main(argv=None):
         for samples, seed in ((args.rollouts, args.seed), (args.held_out, args.seed + 1))]
     best = {}
     for method in METHODS:
-        rng, tried = random.Random(0), []                      # the same tries of the shared ranges
-        for _ in range(args.tries):
-            drawn = {name: rng.choice(options) for name, options in RANGES.items()}
-            own = random.Random(rng.random())
-            drawn |= {name: own.choice(options) for name, options in OWN[method].items()}
+        rng, tried = random.Random(0), []
+        tries = [{name: rng.choice(options) for name, options in RANGES[method].items()}
+                 for _ in range(args.tries)]
+        if len(RANGES[method]) == 1:                           # few enough to try them all
+            tries = [{name: option} for name, options in RANGES[method].items() for option in options]
+        for drawn in tries:
             value = train(rollout, rewards, **{**METHODS[method], **drawn}, seed=args.seed)
             tried.append((*predicted(model, value, held_out, outcome, args.nats), drawn))
             print(f"{method:6}{tried[-1][0]:7.3f} +- {tried[-1][1]:.3f}  "
                   + "  ".join(f"{name} {setting:g}" for name, setting in drawn.items()), flush=True)
         (top, _, settings) = max(tried, key=lambda row: row[0])
         best[method] = {**METHODS[method], **settings}
-        print(f"{method:6}{top:7.3f} is the best of {args.tries}: {settings}\n", flush=True)
+        print(f"{method:6}{top:7.3f} is the best of {len(tries)}: {settings}\n", flush=True)
     write_whole(args.json, [json.dumps(best, indent=1).encode()])
 
 
