@@ -33,12 +33,13 @@ from model import InputError
 from value import ValueNet
 
 
-def ascend(value, hidden, steps, step_size, radius):
+def ascend(value, hidden, steps, step_size, radius, target=math.inf):
     """
     hidden (B, n_embd) -> u (B, n_embd), float32: `steps` steps of projected gradient ascent on V.
 
     Plain gradient steps: where V is flatter than elsewhere, u is smaller and less KL is spent. A
-    negative step_size descends. With z = W1 x + b1, G = W1 W1^T and u = std * (W1^T A), A (B, width):
+    negative step_size descends. Where V has reached `target` the climb, or descent, ends. With
+    z = W1 x + b1, G = W1 W1^T and u = std * (W1^T A), A (B, width):
 
         a = w2 * phi'(z + dz)      dV/dx = W1^T a
         A += step_size * a         dz = G A,   ||u / std||^2 = A . dz
@@ -49,6 +50,8 @@ def ascend(value, hidden, steps, step_size, radius):
     A, dz = torch.zeros_like(z), torch.zeros_like(z)
     for _ in range(steps):
         a = value.slope(z + dz)
+        if target < math.inf:
+            a = a * ((target - value.read(z + dz)) * step_size > 0)[:, None]
         A = A + step_size * a
         dz = dz + step_size * (a @ G)
         norm = (A * dz).sum(-1, keepdim=True).clamp(min=0).sqrt()
@@ -99,9 +102,10 @@ class Controller:
     step_size: float = 1.0
     radius: float = 1.0
     max_kl: float = math.inf      # nats a token
+    target: float = math.inf      # of V: where to stop climbing
 
     def __call__(self, hidden):
-        return ascend(self.value, hidden, self.steps, self.step_size, self.radius)
+        return ascend(self.value, hidden, self.steps, self.step_size, self.radius, self.target)
 
 
 @torch.no_grad()

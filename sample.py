@@ -426,7 +426,8 @@ def parse_args(argv):
     """The options; what only the model or the value net can tell is checked in main."""
     parser = Parser(__doc__, seed=1000)      # other draws than those V was trained on
     add = parser.add_argument
-    add("--value", default="out/value.safetensors", metavar="FILE", help="from train_value.py")
+    add("--value", type=weighted, action="append", metavar="FILE[:WEIGHT]", help="from train_value.py "
+        "(default: out/value.safetensors); given again: the weighted sum of the V, and of their rewards")
     add("--reward", metavar="NAME", help="as for train_value.py (default: V's own)")
     add("--samples", type=count, default=100, help="texts a prompt")
     add("--show", type=number(int, 0, 2 ** 31), default=4, help="pairs of texts printed")
@@ -441,6 +442,7 @@ def parse_args(argv):
     add("--radius", type=number(float, 0, math.inf), help="of the ball around the state; 1: the typical "
                                                           "distance from the mean (default: saved with V)")
     add("--max-kl", type=number(float, 0, math.inf), default=math.inf, help="of the control, nats a token")
+    add("--target", type=number(float, -1e9, math.inf), default=math.inf, help="of V: where to stop climbing")
     add("--sign", type=int, choices=(1, -1), default=1, help="-1 steers towards low V")
     args = parser.parse_args(argv)
     if 0 < args.temperature < 1e-3:
@@ -448,19 +450,43 @@ def parse_args(argv):
     return args
 
 
+def weighted(text):
+    """An argparse type: "FILE" or "FILE:WEIGHT" -> (file, weight)."""
+    file, colon, weight = text.rpartition(":")
+    try:
+        return (file, float(weight)) if file else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
 def load_control(args, model):
-    """-> the Controller that the options and the value net describe, and the reward to report."""
-    value = ValueNet.load(args.value, model)
-    info = value.info
+    """-> the Controller that the options and the value nets describe, and the reward to report."""
+    files, weights = zip(*(args.value or [("out/value.safetensors", 1.0)]))
+    values = [ValueNet.load(file, model) for file in files]
     wanted = {"reward": str, "method": str, "step_size": float, "radius": float}
-    if missing := [key for key, kind in wanted.items() if type(info.get(key)) is not kind]:
-        raise InputError(f"{args.value}: does not say its {', '.join(missing)}; train it again")
-    step_size = info["step_size"] if args.step_size is None else args.step_size
-    radius = info["radius"] if args.radius is None else args.radius
-    control = Controller(value, args.steps, args.sign * step_size / args.steps, radius, args.max_kl)
-    print(f"{args.value}: method {info['method']}, reward {info['reward']}; control: {args.steps} steps of "
-          f"{control.step_size:.3g}, radius {radius:g}, at most {args.max_kl:g} nats a token")
-    return control, load_reward(args.reward or info["reward"], args.device)
+    for file, value in zip(files, values):
+        if missing := [key for key, kind in wanted.items() if type(value.info.get(key)) is not kind]:
+            raise InputError(f"{file}: does not say its {', '.join(missing)}; train it again")
+    infos = [value.info for value in values]
+    value = values[0] if weights == (1.0,) else ValueNet.sum(values, weights)
+    step_size, radius = args.step_size, args.radius
+    if step_size is None:
+        step_size = sum(info["step_size"] for info in infos) / len(infos)
+    if radius is None:
+        radius = min(info["radius"] for info in infos)
+    step_size *= args.sign / args.steps
+    control = Controller(value, args.steps, step_size, radius, args.max_kl, args.target)
+    rewards = [load_reward(args.reward or info["reward"], args.device) for info in infos]
+    for file, weight, info in zip(files, weights, infos):
+        print(f"{file}: weight {weight:g}, method {info['method']}, reward {info['reward']}")
+    print(f"control: {args.steps} steps of {step_size:.3g}, radius {radius:g}, at most {args.max_kl:g} "
+          f"nats a token" + f", up to V = {args.target:g}" * (args.target < math.inf))
+
+    def reward(texts):
+        """The weighted sum of the nets' rewards, or the one that was asked for."""
+        scores = [reward(texts) for reward in rewards]
+        return [sum(w * score for w, score in zip(weights, row)) for row in zip(*scores)]
+    return control, rewards[0] if args.reward or len(rewards) == 1 else reward
 
 
 def main(argv=None):

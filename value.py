@@ -68,9 +68,13 @@ class ValueNet(nn.Module):
         """z (..., width) -> dV/dz = w2 * phi'(z) (..., width)"""
         return self.w2 * (1 - z.tanh() ** 2)
 
+    def read(self, z):
+        """z (..., width) -> V (...)"""
+        return z.tanh() @ self.w2 + self.b2
+
     def forward(self, hidden):
         """hidden (..., n_embd) -> V (...)"""
-        return self.preactivation(hidden).tanh() @ self.w2 + self.b2
+        return self.read(self.preactivation(hidden))
 
     def gradient(self, hidden):
         """hidden (..., n_embd) -> dV/dx = std * dV/dh (..., n_embd), in closed form."""
@@ -79,9 +83,22 @@ class ValueNet(nn.Module):
     def q_values(self, hidden, psi, gain=1.0):
         """hidden, psi (..., n_embd) -> V(h), Q(h, y) = V(h) + gain * dV/dx . psi_x, each (...)"""
         z = self.preactivation(hidden)
-        value = z.tanh() @ self.w2 + self.b2
+        value = self.read(z)
         advantage = (self.slope(z) * ((self.std * psi) @ self.w1.T)).sum(-1)      # (..., width) -> (...)
         return value, value + gain * advantage
+
+    @classmethod
+    def sum(cls, values, weights):
+        """One net whose V is the weighted sum of the nets' V, in the coordinates of the first."""
+        first = values[0]
+        total = cls(first.w1.size(1), sum(len(value.w2) for value in values)).to(first.w1.device)
+        total.mean, total.std = first.mean, first.std
+        total.w1.data = torch.cat([value.w1 * first.std / value.std for value in values])
+        total.b1.data = torch.cat([value.b1 + value.w1 @ ((first.mean - value.mean) / value.std)
+                                   for value in values])
+        total.w2.data = torch.cat([value.w2 * weight for value, weight in zip(values, weights)])
+        total.b2.data = sum(value.b2 * weight for value, weight in zip(values, weights))
+        return total.requires_grad_(False)
 
     def save(self, path, **info):
         """Write a .safetensors that carries its configuration; whole or not at all."""

@@ -27,9 +27,20 @@ from value import load_reward, write_whole                                      
 
 NET = {"epochs": [1, 2, 3, 5, 8], "rate": [3e-4, 1e-3, 3e-3, 1e-2, 3e-2], "decay": [0.0, 0.3, 1.0, 3.0],
           "width": [64, 128, 256]}
-LAM, RIDGE = [0.5, 0.8, 0.95, 1.0], [3e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0]
-RANGES = {"q": {**NET, "lam": LAM, "gain": [1.0, 3.0, 10.0, 30.0]}, "plain": {**NET, "lam": LAM}, "paper": NET,
-          "static": {"ridge": RIDGE}, "draws": {"ridge": RIDGE}}      # what defines a method stays as it is
+LAM, RIDGE = [0.5, 0.8, 0.95, 1.0], [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0]
+OWN = {"q": {"lam": LAM, "gain": [1.0, 3.0, 10.0, 30.0]}, "plain": {"lam": LAM}, "paper": {}}
+
+
+def draw_tries(method, tries):
+    """-> [{setting: option}, ..]: random ones, for the nets the same but for what is the method's own."""
+    if method not in OWN:                                      # a static direction: few enough to try all
+        return [{"ridge": ridge} for ridge in RIDGE]
+    rng, drawn = random.Random(0), []
+    for _ in range(tries):
+        drawn.append({name: rng.choice(options) for name, options in NET.items()})
+        own = random.Random(rng.random())
+        drawn[-1] |= {name: own.choice(options) for name, options in OWN[method].items()}
+    return drawn
 
 
 def predicted(model, value, rollout, rewards, nats):
@@ -47,9 +58,12 @@ def main(argv=None):
     add("--held-out", type=sample.number(int, 16, 2 ** 31), default=4000, help="texts to score on")
     add("--nats", type=sample.number(float, 1e-3, 100), default=0.5, help="a text: the budget to be good at")
     add("--tries", type=sample.count, default=32, help="a method")
+    add("--methods", default=",".join(METHODS), help="which of " + ", ".join(METHODS))
     add("--json", default="out/tuned.json", metavar="FILE", help="where the best settings are written")
     args = parser.parse_args(argv)
     sample.check_writable(args.json)
+    if set(args.methods.split(",")) - METHODS.keys():
+        raise sample.InputError("--methods takes " + ",".join(METHODS) + ", commas between")
     model, encoder, _, prompts = sample.load(args)
     reward = load_reward(args.reward, args.device)
     (rollout, rewards, _), (held_out, outcome, _) = [
@@ -57,20 +71,16 @@ def main(argv=None):
                  progress=sample.progress("rollouts"))
         for samples, seed in ((args.rollouts, args.seed), (args.held_out, args.seed + 1))]
     best = {}
-    for method in METHODS:
-        rng, tried = random.Random(0), []
-        tries = [{name: rng.choice(options) for name, options in RANGES[method].items()}
-                 for _ in range(args.tries)]
-        if len(RANGES[method]) == 1:                           # few enough to try them all
-            tries = [{name: option} for name, options in RANGES[method].items() for option in options]
-        for drawn in tries:
+    for method in args.methods.split(","):
+        tried = []
+        for drawn in draw_tries(method, args.tries):
             value = train(rollout, rewards, **{**METHODS[method], **drawn}, seed=args.seed)
             tried.append((*predicted(model, value, held_out, outcome, args.nats), drawn))
             print(f"{method:6}{tried[-1][0]:7.3f} +- {tried[-1][1]:.3f}  "
                   + "  ".join(f"{name} {setting:g}" for name, setting in drawn.items()), flush=True)
         (top, _, settings) = max(tried, key=lambda row: row[0])
         best[method] = {**METHODS[method], **settings}
-        print(f"{method:6}{top:7.3f} is the best of {len(tries)}: {settings}\n", flush=True)
+        print(f"{method:6}{top:7.3f} is the best of {len(tried)}: {settings}\n", flush=True)
     write_whole(args.json, [json.dumps(best, indent=1).encode()])
 
 
