@@ -30,7 +30,7 @@ from pathlib import Path
 
 import torch
 
-from control import Controller, kl_ball, kl_divergence
+from control import Controller, Guided, kl_ball, kl_divergence
 from model import GPT, Cache, InputError
 from value import ValueNet, load_reward, load_tokenizer, write_whole
 
@@ -100,6 +100,9 @@ class Sampler:
         if self.control is None:
             u = torch.zeros_like(h, dtype=torch.float32)
             return u, kept, u[:, 0]
+        if isinstance(self.control, Guided):
+            controlled, u = self.control(self.model, self.cache, h, kept), torch.zeros_like(h)
+            return u, controlled, kl_divergence(controlled.log_softmax(-1), kept.log_softmax(-1))
         u = self.control(h)
         delta = self.model.unembed(u) / (self.decoding.temperature or 1.0)   # a product of its own:
         if self.control.max_kl < math.inf:                                   # h + u would round u away
@@ -436,6 +439,8 @@ def parse_args(argv):
     add("--top-p", type=number(float, 1e-6, 1), default=1.0, help="draw from the fewest tokens of this mass")
     add("--json", metavar="FILE", help="write every text and figure there")
     add("--only", action="store_true", help="skip the uncontrolled texts")
+    add("--guided", type=number(int, 0, 2 ** 20), default=0, metavar="K", help="instead of control, re-weight "
+        "the K most probable tokens by exp(step size * V) of the state each leads to")
     add("--steps", type=count, default=1, help="of gradient ascent on V, a token")
     add("--step-size", type=number(float, 0, 1e6), help="of all steps together, in gain / beta (default: "
                                                         "saved with V, see NATS in train_value.py)")
@@ -459,34 +464,37 @@ def weighted(text):
         return text, 1.0
 
 
-def load_control(args, model):
-    """-> the Controller that the options and the value nets describe, and the reward to report."""
+def load_values(args, model):
+    """-> the value net, a weighted sum if there are several; what is saved with each; the reward to report."""
     files, weights = zip(*(args.value or [("out/value.safetensors", 1.0)]))
-    values = [ValueNet.load(file, model) for file in files]
+    values, rewards = [ValueNet.load(file, model) for file in files], []
     wanted = {"reward": str, "method": str, "step_size": float, "radius": float}
-    for file, value in zip(files, values):
+    for file, weight, value in zip(files, weights, values):
         if missing := [key for key, kind in wanted.items() if type(value.info.get(key)) is not kind]:
             raise InputError(f"{file}: does not say its {', '.join(missing)}; train it again")
-    infos = [value.info for value in values]
-    value = values[0] if weights == (1.0,) else ValueNet.sum(values, weights)
-    step_size, radius = args.step_size, args.radius
-    if step_size is None:
-        step_size = sum(info["step_size"] for info in infos) / len(infos)
-    if radius is None:
-        radius = min(info["radius"] for info in infos)
-    step_size *= args.sign / args.steps
-    control = Controller(value, args.steps, step_size, radius, args.max_kl, args.target)
-    rewards = [load_reward(args.reward or info["reward"], args.device) for info in infos]
-    for file, weight, info in zip(files, weights, infos):
-        print(f"{file}: weight {weight:g}, method {info['method']}, reward {info['reward']}")
-    print(f"control: {args.steps} steps of {step_size:.3g}, radius {radius:g}, at most {args.max_kl:g} "
-          f"nats a token" + f", up to V = {args.target:g}" * (args.target < math.inf))
+        rewards.append(load_reward(args.reward or value.info["reward"], args.device))
+        print(f"{file}: weight {weight:g}, method {value.info['method']}, reward {value.info['reward']}")
 
     def reward(texts):
-        """The weighted sum of the nets' rewards, or the one that was asked for."""
-        scores = [reward(texts) for reward in rewards]
-        return [sum(w * score for w, score in zip(weights, row)) for row in zip(*scores)]
-    return control, rewards[0] if args.reward or len(rewards) == 1 else reward
+        """The weighted sum of the nets' own rewards."""
+        scores = zip(*(reward(texts) for reward in rewards))
+        return [sum(w * score for w, score in zip(weights, row)) for row in scores]
+    return (values[0] if weights == (1.0,) else ValueNet.sum(values, weights), [v.info for v in values],
+            rewards[0] if args.reward or len(rewards) == 1 else reward)
+
+
+def make_control(args, model, value, infos):
+    """The Controller, or Guided, that the options describe; where they are silent, as saved with V."""
+    if args.guided:
+        scale = args.sign * (1.0 if args.step_size is None else args.step_size)
+        print(f"value-guided decoding: {args.guided} candidates a token, re-weighted by exp({scale:.3g} V)")
+        return Guided(value, scale, min(args.guided, model.config.n_vocab))
+    radius = min(info["radius"] for info in infos) if args.radius is None else args.radius
+    saved = sum(info["step_size"] for info in infos) / len(infos)
+    step_size = args.sign * (saved if args.step_size is None else args.step_size) / args.steps
+    print(f"control: {args.steps} steps of {step_size:.3g}, radius {radius:g}, at most {args.max_kl:g} nats "
+          f"a token" + f", up to V = {args.target:g}" * (args.target < math.inf))
+    return Controller(value, args.steps, step_size, radius, args.max_kl, args.target)
 
 
 def main(argv=None):
@@ -498,7 +506,8 @@ def main(argv=None):
     n_vocab, eos = model.config.n_vocab, model.config.eos_token_id
     if args.top_k is not None and not 1 <= args.top_k <= n_vocab:
         raise InputError(f"--top-k {args.top_k}: choose 1 to {n_vocab}, the size of the vocabulary")
-    control, reward = load_control(args, model)
+    value, infos, reward = load_values(args, model)
+    control = make_control(args, model, value, infos)
     decoding = Decoding(args.temperature, args.top_k, args.top_p)
     rows = [prompt for prompt in prompts for _ in range(args.samples)]
     uniforms = uniform_table(len(rows), args.tokens, args.seed)

@@ -20,10 +20,13 @@ import re
 import sys
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
+
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import sample                                                                         # noqa: E402
-from control import Controller, step_for_kl                                           # noqa: E402
+from control import Controller, Guided, bisect, step_for_kl                          # noqa: E402
 from exact import Exact                                                               # noqa: E402
 from model import read_json                                                               # noqa: E402
 from train_value import METHODS, roll_out, train                                      # noqa: E402
@@ -42,6 +45,8 @@ def parse_args(argv):
     add("--settings", metavar="FILE", help="of training, from tests/tune.py (default: train_value.py's)")
     add("--check", metavar="NAME", help="another reward to print beside, which nothing is trained on")
     add("--methods", default=",".join(METHODS), help="which of " + ", ".join(METHODS))
+    add("--candidates", type=sample.number(int, 0, 2 ** 20), default=0, help="of guided decoding; 0: none")
+    add("--guide", choices=METHODS, default="q", help="whose V guides it")
     add("--test-seed", type=sample.number(int, 0, 2 ** 62), default=1000, help="of the draws reported on")
     return parser.parse_args(argv)
 
@@ -77,21 +82,51 @@ def main(argv=None):
     print("method        step     KL  reward  gain" + " " * 16 + "ppl  distinct-1/2/3   "
           + "  check" * bool(check) + "share" * toy)
     print(line("uncontrolled", math.nan, sample.figures(base, earned, clusters), None) + checked, flush=True)
+
+    def report(label, step, drawn, scores, checked):
+        found = sample.figures(drawn, scores, clusters)
+        gained = sample.mean_error(scores - earned, clusters)
+        print(line(label, step, found, gained) + checked
+              + (exact.share(found["kl_text"], *gained) if toy else ""), flush=True)
+
     fits = []
     for method in methods:
         value = train(rollout, rewards, **settings[method], seed=args.seed)
+        if method == args.guide:
+            guide = value
         fits.append(f"{method} {exact.r_squared(value, base):.4f}" if toy else "")
         for nats in map(float, budgets):
             ball = args.radius if settings[method].get("standardised") else math.inf
             control = Controller(value, radius=ball)
             step = control.step_size = step_for_kl(model, control, rollout, nats)
-            drawn, scores, checked = rows(f"{method} {nats}", control)
-            found = sample.figures(drawn, scores, clusters)
-            gained = sample.mean_error(scores - earned, clusters)
-            print(line(method, step, found, gained) + checked
-                  + (exact.share(found["kl_text"], *gained) if toy else ""), flush=True)
+            report(method, step, *rows(f"{method} {nats}", control))
+    if args.candidates:
+        witness = Witness(guide, candidates=args.candidates)
+        pilot, *_ = roll_out(model, encoder, reward, prompts, args.batch, args.tokens, args.seed,
+                             batch=args.batch, control=witness)
+        for nats in map(float, budgets):
+            guided = Guided(guide, witness.step_for_kl(pilot.mask, nats), args.candidates)
+            report("guided", guided.step_size, *rows(f"guided {nats}", guided))
     if toy:
         print("\nR^2 of V against the exact value:  " + "   ".join(fits))
+
+
+class Witness(Guided):
+    """Looks ahead without re-weighting, and remembers: from what it saw follows the KL at any step size."""
+    def __call__(self, model, cache, hidden, logits):
+        best, _, gains = self.look_ahead(model, cache, hidden, logits)
+        log_p = best - logits.logsumexp(-1, keepdim=True)
+        rest = (1 - log_p.exp().sum(-1, keepdim=True)).clamp(min=1e-12).log()
+        self.seen = getattr(self, "seen", []) + [(torch.cat([log_p, rest], -1), F.pad(gains, (0, 1)))]
+        return logits
+
+    def step_for_kl(self, mask, nats):
+        log_p, gains = (torch.stack(column, 1)[mask[:, :len(self.seen)]] for column in zip(*self.seen))
+
+        def cost(step_size):
+            log_q = (log_p + step_size * gains).log_softmax(-1)
+            return (log_q.exp() * (log_q - log_p)).sum().item() / len(mask)
+        return bisect(cost, nats)
 
 
 def line(label, step, f, gained):

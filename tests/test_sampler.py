@@ -11,7 +11,7 @@ import torch
 from torch.distributions import Categorical, kl_divergence as reference_kl
 
 from conftest import ROOT
-from control import Controller, step_for_kl
+from control import Controller, Guided, step_for_kl
 from model import GPT, InputError
 from sample import (Decoding, decode, distinct, draw, encode_prompts, generate, mean_error,
                     truncate, uniform_table)
@@ -218,6 +218,25 @@ def test_the_step_for_a_kl_costs_that_kl(model, rows, nats):
     control.step_size = step_for_kl(model, control, rollout, nats)
     cost = rolled(model, 50 * rows, control=control)
     assert ((cost.kl * cost.mask).sum(1).mean() / nats - 1).abs() < 0.15     # 600 texts
+
+
+@pytest.mark.parametrize("scale", [0.0, 3.0])
+def test_guided_decoding_against_whole_texts(model, rows, scale):
+    """Each candidate's state from a full forward pass over the text that it would make."""
+    value, k = random_net(0, 64, 5).requires_grad_(False), 6
+    rollout = rolled(model, rows, control=Guided(value, scale, k))
+    for row, drawn, kl in zip(rows, texts(rollout), rollout.kl):
+        for t in range(len(drawn)):
+            text = row + drawn[:t]
+            h = model(torch.tensor([text]))[0, -1]
+            p = model.unembed(h).softmax(-1)
+            best = p.topk(k).indices.tolist()
+            q = p.clone()
+            for y in set(best) - {EOS}:
+                q[y] *= (scale * (value(model(torch.tensor([text + [y]]))[0, -1]) - value(h))).exp()
+            q /= q.sum()
+            assert kl[t] == pytest.approx((q * (q / p).log()).sum().item(), abs=1e-4)
+        assert (kl.sum() > 1e-3) == (scale > 0)
 
 
 @pytest.mark.parametrize("controlled", [False, True])

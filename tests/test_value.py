@@ -265,7 +265,8 @@ def test_where_it_cannot_be_saved(tmp_path):
 
 
 def test_the_sum_of_nets_is_the_weighted_sum():
-    values, weights = [random_net(seed, 16, width) for seed, width in ((1, 8), (2, 5), (3, 8))], (0.5, 2.0, -0.3)
+    values = [random_net(seed, 16, width) for seed, width in ((1, 8), (2, 5), (3, 8))]
+    weights = (0.5, 2.0, -0.3)
     total, hidden = ValueNet.sum(values, weights), 2 * torch.randn(50, 16)
     assert len({tuple(value.std.tolist()) for value in values}) == 3           # coordinates of their own
     expected = sum(weight * value(hidden) for value, weight in zip(values, weights))
