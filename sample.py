@@ -492,8 +492,8 @@ def make_control(args, model, value, infos):
     radius = min(info["radius"] for info in infos) if args.radius is None else args.radius
     saved = sum(info["step_size"] for info in infos) / len(infos)
     step_size = args.sign * (saved if args.step_size is None else args.step_size) / args.steps
-    print(f"control: {args.steps} steps of {step_size:.3g}, radius {radius:g}, at most {args.max_kl:g} nats "
-          f"a token" + f", up to V = {args.target:g}" * (args.target < math.inf))
+    print(f"control: {args.steps} step{'s' * (args.steps > 1)} of {step_size:.3g}, radius {radius:g}, at most "
+          f"{args.max_kl:g} nats a token" + f", up to V = {args.target:g}" * (args.target < math.inf))
     return Controller(value, args.steps, step_size, radius, args.max_kl, args.target)
 
 

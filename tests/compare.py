@@ -1,12 +1,13 @@
 """
-Ours beside `plain` and `paper`: reward against KL, on texts that no setting was chosen on.
+Every method side by side: reward against KL, on texts that no setting was chosen on.
 
     python tests/compare.py                                  # the tiny model, beside the exact optimum
     python tests/compare.py --model path/to/imdb-mini --prompts train.txt --test tests/openings.txt
 
-One set of rollouts trains all three value nets. Each net's step sizes are those that its training
-rollouts predict to cost the budgets of --kl (control.step_for_kl), so nothing is tuned on the test
-prompts. The texts of all rows are drawn with the same uniforms: gains are paired differences.
+One set of rollouts trains all methods, with the settings of --settings (tests/tune.py). Their step sizes
+are those that cost the budgets of --kl on the states of the training rollouts (control.step_for_kl), so
+nothing is tuned on the test prompts. --candidates K adds value-guided decoding by one of the V. The
+texts of all rows are drawn with the same uniforms: gains are paired differences.
 
     gain      mean reward less the uncontrolled texts', with its standard error, clustered by opening
     KL        of the controlled from the uncontrolled distribution, summed over a text, nats
@@ -28,7 +29,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import sample                                                                         # noqa: E402
 from control import Controller, Guided, bisect, step_for_kl                          # noqa: E402
 from exact import Exact                                                               # noqa: E402
-from model import read_json                                                               # noqa: E402
+from model import read_json                                                           # noqa: E402
 from train_value import METHODS, roll_out, train                                      # noqa: E402
 from value import load_reward                                                         # noqa: E402
 

@@ -114,8 +114,8 @@ def test_control_against_the_exact_optimum(toy, nets, nats, least):
     exact = Exact(model, encoder, prompts, others, TOKENS)
     shares = {}
     for name, value in nets.items():
-        step = step_for_kl(model, Controller(value, radius=2.0), trained, nats)
-        control = Controller(value, step_size=step)
+        control = Controller(value, radius=2.0)
+        control.step_size = step_for_kl(model, control, trained, nats)
         drawn, scores, _ = roll_out(model, encoder, sentiment, prompts, 2000, TOKENS, seed=5, control=control)
         kl = sample.figures(drawn, scores)["kl_text"]
         mean, error = sample.mean_error(scores)
