@@ -87,6 +87,37 @@ def test_every_method_trains_and_steers(method, here, capsys):
     assert {**settings, **given, "tokens": 8, "rollouts": 64, "seed": 0}.items() <= info.items()
 
 
+def test_several_values_are_one_weighted_sum(here, capsys):
+    (here / "rewards.py").write_text("def short(texts):\n    return [-len(text) / 50 for text in texts]\n")
+    train_value.main([*TRAIN, "--reward", "rewards.py:short", "--out", "out/short.safetensors"])
+    both = ["--value", "out/value.safetensors:0.7", "--value", "out/short.safetensors:0.3"]
+    sample.main([*SAMPLE, *STRONG, *both, "--json", "both.json"])
+    out = capsys.readouterr().out
+    assert "weight 0.7, method q, reward sentiment" in out and "weight 0.3" in out
+    for entry in written("both.json")["controlled"]["texts"]:
+        expected = 0.7 * sentiment([entry["text"]])[0] - 0.3 * len(entry["text"]) / 50
+        assert entry["reward"] == pytest.approx(expected, abs=1e-6)
+    sample.main([*SAMPLE, *STRONG, *both, "--reward", "sentiment", "--json", "one.json"])
+    assert texts(written("one.json")) == texts(written("both.json"))           # the judge alone has changed
+    sample.main([*SAMPLE, *STRONG, "--json", "plain.json"])
+    assert texts(written("plain.json")) != texts(written("both.json"))
+
+
+def test_a_target_below_every_value_is_no_control(here, capsys):
+    sample.main([*SAMPLE, *STRONG, "--target", "-1000", "--json", "low.json"])
+    run = written("low.json")
+    assert texts(run) == texts(run, "uncontrolled") and run["controlled"]["figures"]["kl_text"] == 0
+    assert "up to V = -1000" in capsys.readouterr().out
+
+
+def test_guided_decoding(here, capsys):
+    sample.main([*SAMPLE, "--guided", "5", "--step-size", "0", "--json", "none.json"])
+    assert texts(written("none.json")) == texts(written("none.json"), "uncontrolled")
+    sample.main([*SAMPLE, "--guided", "5", "--step-size", "30", "--json", "guided.json"])
+    assert written("guided.json")["controlled"]["figures"]["kl_text"] > 0.01
+    assert "value-guided decoding: 5 candidates" in capsys.readouterr().out
+
+
 COLUMNS = (("reward", 3), ("error", 3), ("kl_token", 4), ("kl_text", 3), ("perplexity", 2),
            ("before", 3), ("after", 3), ("distinct_1", 2), ("distinct_2", 2), ("distinct_3", 2))
 

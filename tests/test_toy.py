@@ -1,5 +1,6 @@
 """The tiny model has learned its language, V the exact value, and the control the exact optimum."""
 import itertools
+import json
 import math
 import random
 import sys
@@ -7,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+import compare
 import sample
+import tune
 from control import Controller, step_for_kl
 from exact import Exact
 from model import GPT
@@ -123,3 +126,26 @@ def test_control_against_the_exact_optimum(toy, nets, nats, least):
         assert 0.5 * nats < kl < 1.5 * nats
         assert shares[name] <= 1 + 3 * error / exact.best(kl)
     assert shares["q"] >= least and shares["q"] > shares["plain"] + 0.1
+
+
+# --------------------------------------------------------------------------------------- the tables
+
+def test_settings_are_tuned_and_every_method_is_compared(tmp_path, capsys):
+    few = ["--model", str(TOY), "--tokens", "12", "--rollouts", "100", "--device", "cpu"]
+    tune.main([*few, "--held-out", "100", "--tries", "2", "--methods", "q,draws", "--json",
+               str(tmp_path / "t.json")])
+    out = capsys.readouterr().out
+    best = json.loads((tmp_path / "t.json").read_text())
+    assert list(best) == ["q", "draws"] and best["q"].keys() == METHODS["q"].keys()
+    scores = [float(line.split()[1]) for line in out.splitlines() if line.startswith("draws") and "+-" in line]
+    assert len(scores) == len(tune.RIDGE) and f"draws {max(scores):7.3f} is the best of {len(scores)}" in out
+    compare.main([*few, "--samples", "60", "--kl", "0.1,0.2", "--candidates", "5", "--check", "sentiment",
+                  "--settings", str(tmp_path / "t.json")])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    rows = {label: [row for row in rows if row and row[0] == label]
+            for label in ("uncontrolled", "guided", *METHODS)}
+    assert len(rows.pop("uncontrolled")) == 1
+    for label, found in rows.items():
+        assert len(found) == 2, label
+        for row in found:                                      # reward, and the check that is the same reward
+            assert float(row[3]) == pytest.approx(float(row[-4]), abs=2e-3) and 0.02 < float(row[2]) < 0.6
