@@ -6,8 +6,9 @@ Every method side by side: reward against KL, on texts that no setting was chose
 
 One set of rollouts trains all methods, with the settings of --settings (tests/tune.py). Their step sizes
 are those that cost the budgets of --kl on the states of the training rollouts (control.step_for_kl), so
-nothing is tuned on the test prompts. --candidates K adds value-guided decoding by one of the V. The
-texts of all rows are drawn with the same uniforms: gains are paired differences.
+nothing is tuned on the test prompts. --candidates K adds value-guided decoding and --best-of N the best
+of N texts, at their own KL. The texts of all rows are drawn with the same uniforms: gains are paired
+differences.
 
     gain      mean reward less the uncontrolled texts', with its standard error, clustered by opening
     KL        of the controlled from the uncontrolled distribution, summed over a text, nats
@@ -47,7 +48,8 @@ def parse_args(argv):
     add("--check", metavar="NAME", help="another reward to print beside, which nothing is trained on")
     add("--methods", default=",".join(METHODS), help="which of " + ", ".join(METHODS))
     add("--candidates", type=sample.number(int, 0, 2 ** 20), default=0, help="of guided decoding; 0: none")
-    add("--guide", choices=METHODS, default="q", help="whose V guides it")
+    add("--best-of", default="", help="numbers n: the best of n by the reward, and by V before the last token")
+    add("--guide", choices=METHODS, default="q", help="whose V guides and judges")
     add("--test-seed", type=sample.number(int, 0, 2 ** 62), default=1000, help="of the draws reported on")
     return parser.parse_args(argv)
 
@@ -80,12 +82,13 @@ def main(argv=None):
     exact = Exact(model, encoder, tests, base, args.tokens) if toy else None
     print(f"{len(tests)} openings x {args.samples} samples a row, {args.rollouts} rollouts of {args.tokens} "
           f"tokens, seeds {args.seed} and {args.test_seed}\n")
-    print("method        step     KL  reward  gain" + " " * 16 + "ppl  distinct-1/2/3   "
+    print("method         step     KL  reward  gain" + " " * 16 + "ppl  distinct-1/2/3   "
           + "  check" * bool(check) + "share" * toy)
     print(line("uncontrolled", math.nan, sample.figures(base, earned, clusters), None) + checked, flush=True)
 
-    def report(label, step, drawn, scores, checked):
+    def report(label, step, drawn, scores, checked, kl=None):
         found = sample.figures(drawn, scores, clusters)
+        found["kl_text"] = found["kl_text"] if kl is None else kl
         gained = sample.mean_error(scores - earned, clusters)
         print(line(label, step, found, gained) + checked
               + (exact.share(found["kl_text"], *gained) if toy else ""), flush=True)
@@ -108,8 +111,32 @@ def main(argv=None):
         for nats in map(float, budgets):
             guided = Guided(guide, witness.step_for_kl(pilot.mask, nats), args.candidates)
             report("guided", guided.step_size, *rows(f"guided {nats}", guided))
+    for n in [int(n) for n in args.best_of.split(",") if n]:
+        many = args.samples * n * len(tests)
+        drawn, scores, texts = roll_out(model, encoder, reward, tests, many, args.tokens, args.test_seed,
+                                        record=True, progress=sample.progress(f"best of {n}"), batch=args.batch)
+        last = guide(drawn.hidden[torch.arange(many), drawn.mask.sum(1) - 1])      # V before the last token
+        for label, judged in (("reward", scores), ("V", last)):
+            best = judged.view(n, -1).argmax(0) * (many // n) + torch.arange(many // n)
+            chosen = sample.Rollout(*(field[best] for field in vars(drawn).values()))
+            checked = f"  {sum(check([texts[i] for i in best])) / len(best):7.3f}" if check else ""
+            report(f"best {n} {label}", math.nan, chosen, scores[best], checked, best_of_kl(judged, n))
     if toy:
         print("\nR^2 of V against the exact value:  " + "   ".join(fits))
+
+
+def best_of_kl(scores, n):
+    """
+    KL of the best of n from one, nats a text: sum over the levels c of P_n(c) log(P_n(c) / P(c)).
+
+    P(c) is a level's share of the scores; without ties this is log n - (n - 1) / n.
+    """
+    levels, counts = scores.unique(return_counts=True)
+    if len(levels) > len(scores) / 2:                          # no ties to speak of
+        return math.log(n) - (n - 1) / n
+    below = F.pad(counts.double().cumsum(0) / len(scores), (1, 0))                 # P(score <= c), 0 first
+    p, p_n = below.diff(), (below ** n).diff()
+    return (p_n * (p_n / p).log()).sum().item()
 
 
 class Witness(Guided):
@@ -132,7 +159,7 @@ class Witness(Guided):
 
 def line(label, step, f, gained):
     shown = f"{gained[0]:+.3f} +- {gained[1]:.3f}" if gained else ""
-    return (f"{label:12}{step:6.2f}{f['kl_text']:7.3f}{f['reward']:8.3f}  {shown:18}{f['perplexity']:6.2f}  "
+    return (f"{label:13}{step:6.2f}{f['kl_text']:7.3f}{f['reward']:8.3f}  {shown:18}{f['perplexity']:6.2f}  "
             + "/".join(f"{f[f'distinct_{n}']:.3f}" for n in (1, 2, 3)))
 
 

@@ -130,6 +130,15 @@ def test_control_against_the_exact_optimum(toy, nets, nats, least):
 
 # --------------------------------------------------------------------------------------- the tables
 
+def test_kl_of_the_best_of_n():
+    even = torch.tensor([0.0, 1.0] * 50)                       # best of 2: 0 with 1/4, 1 with 3/4
+    assert compare.best_of_kl(even, 2) == pytest.approx(0.25 * math.log(0.5) + 0.75 * math.log(1.5))
+    assert compare.best_of_kl(torch.zeros(100), 8) == pytest.approx(0)         # nothing to choose between
+    assert compare.best_of_kl(torch.arange(100.0), 8) == pytest.approx(math.log(8) - 7 / 8)
+    fine = torch.arange(40_000).div(4, rounding_mode="floor").float()          # four of each: ties, but fine
+    assert compare.best_of_kl(fine, 8) == pytest.approx(math.log(8) - 7 / 8, abs=1e-3)
+
+
 def test_settings_are_tuned_and_every_method_is_compared(tmp_path, capsys):
     few = ["--model", str(TOY), "--tokens", "12", "--rollouts", "100", "--device", "cpu"]
     tune.main([*few, "--held-out", "100", "--tries", "2", "--methods", "q,draws", "--json",
@@ -139,9 +148,11 @@ def test_settings_are_tuned_and_every_method_is_compared(tmp_path, capsys):
     assert list(best) == ["q", "draws"] and best["q"].keys() == METHODS["q"].keys()
     scores = [float(line.split()[1]) for line in out.splitlines() if line.startswith("draws") and "+-" in line]
     assert len(scores) == len(tune.RIDGE) and f"draws {max(scores):7.3f} is the best of {len(scores)}" in out
-    compare.main([*few, "--samples", "60", "--kl", "0.1,0.2", "--candidates", "5", "--check", "sentiment",
+    compare.main([*few, "--samples", "60", "--kl", "0.1,0.2", "--candidates", "5", "--check", "sentiment", "--best-of", "3",
                   "--settings", str(tmp_path / "t.json")])
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    out = capsys.readouterr().out
+    assert out.count("best 3 reward ") == out.count("best 3 V ") == 1
+    rows = [line.split() for line in out.splitlines()]
     rows = {label: [row for row in rows if row and row[0] == label]
             for label in ("uncontrolled", "guided", *METHODS)}
     assert len(rows.pop("uncontrolled")) == 1
