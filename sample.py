@@ -2,8 +2,8 @@
 Draw texts from a GPT-2 whose state is steered by a value function, beside uncontrolled ones.
 
     python sample.py                                         # the tiny model, after train_value.py
-    python sample.py --model path/to/gpt2 --value out/gpt2.safetensors --prompt "The movie was"
-    python sample.py --model path/to/gpt2 --value out/gpt2.safetensors --prompts openings.txt
+    python sample.py --model gpt2 --value out/gpt2.safetensors --prompt "The movie was"
+    python sample.py --model gpt2 --value out/gpt2.safetensors --prompts openings.txt
 
 The first half is the sampler, `Sampler.step` its heart: read the state, find the control, draw a
 token, move the state on. One function for every device: eager on the CPU, on a GPU captured once as

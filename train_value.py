@@ -2,7 +2,7 @@
 Train a value function on the hidden states of a frozen GPT-2: rollouts -> rewards -> V.
 
     python train_value.py                                    # the tiny model: under a minute on two CPU cores
-    python train_value.py --model path/to/gpt2 --prompts openings.txt --out out/gpt2.safetensors
+    python train_value.py --model gpt2 --prompts openings.txt --out out/gpt2.safetensors
 
     1. roll out the model on the prompts, at temperature 1, recording states and psi
     2. score the finished texts with the reward

@@ -1,5 +1,5 @@
 """
-V(h): the expected reward of the finished text, read off the hidden state; and the rewards.
+V(h): the expected reward of the finished text, read off the hidden state; vocabularies and rewards.
 
     V(h_t) = E[V(h_{t+1})]          the Bellman equation of the uncontrolled system
     reward(text)                    stands in for V(h_{t+1}) where the text ends or is cut, both alike

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import compare
 import sample
@@ -148,8 +149,8 @@ def test_settings_are_tuned_and_every_method_is_compared(tmp_path, capsys):
     assert list(best) == ["q", "draws"] and best["q"].keys() == METHODS["q"].keys()
     scores = [float(line.split()[1]) for line in out.splitlines() if line.startswith("draws") and "+-" in line]
     assert len(scores) == len(tune.RIDGE) and f"draws {max(scores):7.3f} is the best of {len(scores)}" in out
-    compare.main([*few, "--samples", "60", "--kl", "0.1,0.2", "--candidates", "5", "--check", "sentiment", "--best-of", "3",
-                  "--settings", str(tmp_path / "t.json")])
+    compare.main([*few, "--samples", "60", "--kl", "0.1,0.2", "--candidates", "5", "--best-of", "3",
+                  "--check", "sentiment", "--settings", str(tmp_path / "t.json")])
     out = capsys.readouterr().out
     assert out.count("best 3 reward ") == out.count("best 3 V ") == 1
     rows = [line.split() for line in out.splitlines()]
