@@ -345,7 +345,8 @@ class Parser(argparse.ArgumentParser):
             help="a GPT-2: gpt2, gpt2-medium, .., org/name of the hub, or a directory")
         add("--prompt", action="append", metavar="TEXT", help="a prompt; may be given again")
         add("--prompts", metavar="FILE", help="one prompt a line, or HH-RLHF's .jsonl(.gz) "
-                                              "(default: prompts.txt in the model's directory)")
+                                              "(default: prompts.txt in the model's directory; none: "
+                                              "texts from their beginning on)")
         add("--dialogue", action="store_true", help="each prompt is what a human says to an assistant")
         add("--tokens", type=count, default=32, help="tokens drawn a text, at most")
         add("--seed", type=number(int, 0, 2 ** 62), default=seed, help="of the draws: same seed, same texts")
@@ -389,13 +390,15 @@ def load(args):
         raise InputError(f"{args.model}: a vocabulary of {encoder.n_vocab} tokens for a model of "
                          f"{model.config.n_vocab}; fetch both from one model")
     own = Path(args.model) / "prompts.txt"
-    if not (args.prompt or args.prompts or own.is_file()):
-        raise InputError(f"{args.model} has no prompts.txt of its own; give --prompt TEXT or --prompts FILE")
     texts = (args.prompt or []) + (read_prompts(args.prompts) if args.prompts else [])
-    texts = texts or read_prompts(own)
+    if not texts and own.is_file():
+        texts = read_prompts(own)
     if args.dialogue:
         texts = [f"\n\nHuman: {text}\n\nAssistant:" for text in texts]
-    texts, prompts = encode_prompts(model, encoder, texts, args.tokens)
+    if texts:
+        texts, prompts = encode_prompts(model, encoder, texts, args.tokens)
+    else:
+        texts, prompts = [""], [[model.config.bos_token_id]]   # texts from their beginning on
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{args.model}: {parameters:,} parameters, frozen, {args.dtype} on {device}; {len(texts)} prompts")
     return model, encoder, texts, prompts

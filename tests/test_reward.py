@@ -6,6 +6,7 @@ accuracy, read at the last token of each text; prompts of dialogues without the 
 """
 import gzip
 import json
+import shutil
 
 import pytest
 import torch
@@ -181,6 +182,17 @@ def test_prompts_that_do_not_fit_are_left_out_with_a_warning(capsys):
     assert texts == ["the plot", "this"] and len(prompts) == 2
     assert "1 of 3 prompts" in capsys.readouterr().err
     refused(lambda: sample.encode_prompts(model, encoder, ["x" * 30], 20), "1 of 1 prompts", "--tokens")
+
+
+def test_without_prompts_texts_are_drawn_from_their_beginning(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(TOY, "toy", ignore=shutil.ignore_patterns("prompts.txt"))
+    few = ["--model", "toy", "--tokens", "6", "--device", "cpu"]
+    train_value.main([*few, "--rollouts", "64", "--held-out", "16", "--epochs", "1"])
+    sample.main([*few, "--samples", "40", "--json", "texts.json"])
+    run = json.loads((tmp_path / "texts.json").read_text())["uncontrolled"]
+    texts = [entry["text"] for entry in run["texts"]]
+    assert {text.split()[0] for text in texts} == {"the", "this"}              # as the language's texts begin
 
 
 def test_a_prompt_becomes_a_dialogue(tmp_path, monkeypatch, capsys):
