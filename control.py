@@ -1,5 +1,5 @@
 """
-The control: before each draw, move the state uphill on V, inside a ball.
+The control: before each draw, move the state uphill on V, inside a ball; and the loop it closes.
 
     u_t = argmax V(h_t + u)   subject to   ||u / std||_2 <= radius * sqrt(n_embd)        (ascend)
     y_t ~ softmax(W (h_t + s u_t)),  s <= 1 the largest with KL(p_su || p_0) <= max_kl   (kl_ball)
@@ -22,14 +22,20 @@ Deviations from the paper, on purpose:
     4. A budget in nats a token on the distribution itself, the quantity a text feels.
     5. Only the state of the next token is controlled, not every position of the prompt.
 
-But: one state at a time; the control does not plan over the draws to come, V has to know them.
+The loop is `Sampler.step`: read the state, find the control, draw a token, move the state on. One
+function for every device: eager on the CPU, on a GPU captured once as a CUDA graph and replayed, so
+nothing in it reads a tensor back to the host. Draws are an inverse CDF over one table of uniforms,
+(samples, tokens), from a CPU generator: the same on every device, in every batch, under every control.
+
+But: one state at a time; the control does not plan over the draws to come, V has to know them. No
+speculative decoding, no beam search.
 """
 import math
 from dataclasses import dataclass, replace
 
 import torch
 
-from model import InputError
+from model import Cache, InputError
 from value import ValueNet
 
 
@@ -63,6 +69,11 @@ def ascend(value, hidden, steps, step_size, radius, target=math.inf):
 def kl_divergence(log_p, log_q):
     """KL(p || q) in nats over the last axis; tokens without probability under p count nothing."""
     return torch.where(log_p > -torch.inf, log_p.exp() * (log_p - log_q), 0.0).sum(-1)
+
+
+def tilt_kl(logits, delta, probs):
+    """KL(q || p) in nats, (B,), of q = softmax(logits + delta) = probs from p = softmax(logits)."""
+    return (probs * delta).sum(-1) - (logits + delta).logsumexp(-1) + logits.logsumexp(-1)
 
 
 def kl_ball(logits, delta, max_kl, iterations=10):
@@ -108,6 +119,194 @@ class Controller:
         return ascend(self.value, hidden, self.steps, self.step_size, self.radius, self.target)
 
 
+# ------------------------------------------------------------------------------------ the closed loop
+
+@dataclass
+class Decoding:
+    """What is left of the model's distribution before a token is drawn from it."""
+    temperature: float = 1.0      # 0: the most probable token
+    top_k: int | None = None      # keep the k most probable tokens
+    top_p: float = 1.0            # keep the fewest tokens that hold this probability
+
+
+@dataclass
+class Rollout:
+    """Drawn texts. Every field is (N, T) or (N, T, n_embd); past a text's end entries mean nothing."""
+    tokens: torch.Tensor          # y_t
+    mask: torch.Tensor            # True up to and including the end-of-text token
+    kl: torch.Tensor              # KL(p_u || p), nats, at the decoding's temperature and support
+    logp: torch.Tensor            # log p(y_t) under the uncontrolled model at temperature 1, nats
+    logq: torch.Tensor            # log p_u(y_t), that of the draw: controlled, at the decoding's temperature
+    before: torch.Tensor          # V(h_t)
+    after: torch.Tensor           # V(h_t + u_t), u_t as kl_ball has scaled it
+    hidden: torch.Tensor          # h_t; empty unless recorded
+    psi: torch.Tensor             # W[y_t] - E[W] under p_u; empty unless recorded
+
+
+class Sampler:
+    """A batch of texts of one shape; buffers and, on a GPU, the graph are made once and used again."""
+
+    def __init__(self, model, batch, size, n_tokens, decoding, control=None, record=False):
+        device, n_embd = model.wte.weight.device, model.config.n_embd
+        self.model, self.decoding, self.control, self.record = model, decoding, control, record
+        self.cache = Cache(model, batch, size)
+        self.hidden = torch.zeros(batch, n_embd, dtype=model.wte.weight.dtype, device=device)
+        self.alive = torch.ones(batch, dtype=torch.bool, device=device)
+        self.t = torch.zeros(1, dtype=torch.long, device=device)
+        self.uniforms = torch.zeros(batch, n_tokens, device=device)
+        kl, logp, logq, before, after = torch.zeros(5, batch, n_tokens, device=device)
+        hidden, psi = torch.zeros(2, batch, n_tokens if record else 0, n_embd, device=device)
+        self.out = Rollout(kl.long(), kl.bool(), kl, logp, logq, before, after, hidden, psi)
+        self.graph = self.capture() if device.type == "cuda" else None
+
+    def step(self):
+        """h_t -> u_t -> y_t -> h_{t+1} for every row, all on the device."""
+        model, h, t = self.model, self.hidden, self.t
+        logits = model.unembed(h)                                        # (B, n_embd) -> (B, n_vocab)
+        kept = truncate(logits, self.decoding)
+        u, delta = self.steer(h, kept)
+        controlled = kept if delta is None else kept + delta
+        probs = controlled.softmax(-1)
+        greedy = self.decoding.temperature == 0
+        token = probs.argmax(-1) if greedy else draw(probs, self.uniforms.index_select(1, t))
+        token = torch.where(self.alive, token, model.config.eos_token_id)                            # (B,)
+        self.write(t, tokens=token, mask=self.alive, logp=log_prob(logits, token),
+                   logq=probs.gather(1, token[:, None])[:, 0].log())
+        if self.control is not None:
+            self.write(t, kl=tilt_kl(kept, delta, probs), before=self.control.value(h),
+                       after=self.control.value(h + u))
+        if self.record:
+            mean = probs @ model.wte.weight.float()                      # (B, n_vocab) -> (B, n_embd)
+            self.write(t, hidden=h.float(), psi=model.wte(token) - mean)
+        self.alive.logical_and_(token != model.config.eos_token_id)
+        self.hidden.copy_(model(token[:, None], self.cache)[:, 0])
+        t.add_(1)
+
+    def steer(self, h, kept):
+        """h (B, n_embd), kept logits (B, n_vocab) -> u (B, n_embd), what it adds to the logits; or None."""
+        if self.control is None:
+            return None, None
+        if isinstance(self.control, Guided):
+            return 0.0, self.control(self.model, self.cache, h, kept)
+        u = self.control(h)
+        delta = self.model.unembed(u) / (self.decoding.temperature or 1.0)   # a product of its own:
+        if self.control.max_kl < math.inf:                                   # h + u would round u away
+            scale = kl_ball(kept, delta, self.control.max_kl)[:, None]
+            u, delta = scale * u, scale * delta
+        return u, delta
+
+    def write(self, t, **columns):
+        for name, column in columns.items():
+            getattr(self.out, name).index_copy_(1, t, column[:, None])
+
+    def begin(self, prompts, uniforms):
+        """Forget the last texts, read the prompts [[token, ..], ..] and stand at their last state."""
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        padded = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
+        for row, prompt in zip(padded, prompts):
+            row[:len(prompt)] = torch.tensor(prompt)
+        device = self.hidden.device
+        for buffer in (self.t, self.cache.lengths, *vars(self.out).values()):
+            buffer.zero_()
+        for values in (self.out.before, self.out.after):
+            values.fill_(math.nan)                             # not read unless there is a control
+        self.alive.fill_(True)
+        self.uniforms.copy_(uniforms)
+        self.cache.span = 0
+        lengths = lengths.to(device)
+        hidden = self.model(padded.to(device), self.cache, lengths)               # (B, T, n_embd)
+        self.hidden.copy_(hidden[torch.arange(len(prompts), device=device), lengths - 1])
+
+    def capture(self):
+        """The step as a CUDA graph: warmed up on a side stream, recorded once, replayed for ever."""
+        self.cache.span = self.cache.size                      # a graph's shapes are fixed
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self.t.zero_()
+                self.cache.lengths.zero_()
+                self.step()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.step()
+        return graph
+
+    def run(self, prompts, uniforms, watch=None):
+        """Draw the texts. `watch(tokens)` sees each column of tokens as it is drawn."""
+        self.begin(prompts, uniforms)
+        for t in range(uniforms.size(1)):
+            self.graph.replay() if self.graph else self.step()
+            if watch:
+                watch(self.out.tokens[:, t])
+            if (watch or t % 16 == 15) and not self.alive.any():
+                break
+        return Rollout(*(buffer.clone() for buffer in vars(self.out).values()))
+
+
+def truncate(logits, decoding):
+    """logits (B, n_vocab) -> at the temperature, with -inf outside the top-k and top-p tokens."""
+    if decoding.temperature not in (0, 1):
+        logits = logits / decoding.temperature
+    if decoding.top_k is not None:
+        logits = logits.masked_fill(logits < logits.topk(decoding.top_k).values[:, -1:], -torch.inf)
+    if decoding.top_p < 1:
+        ranked, order = logits.softmax(-1).sort(descending=True, stable=True)
+        beyond = ranked.cumsum(-1) - ranked >= decoding.top_p            # the tokens before hold top_p
+        logits = logits.masked_fill(beyond.scatter(1, order, beyond), -torch.inf)
+    return logits
+
+
+def log_prob(logits, token):
+    """logits (B, n_vocab), token (B,) -> log softmax(logits)[token] (B,), nats"""
+    return logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(-1)
+
+
+def draw(probs, uniform):
+    """
+    probs (B, n_vocab), uniform (B, 1) in [0, 1) -> tokens (B,), the inverse CDF at each uniform.
+
+    In float64 the CDF rises (summed in order; a parallel sum may dip by 1e-16), and its total times
+    a float32 uniform below 1 stays below the total: no token past the last probable one is drawn.
+    """
+    cdf = probs.cumsum(-1, dtype=torch.float64)
+    return torch.searchsorted(cdf, uniform.double() * cdf[:, -1:], right=True)[:, 0]
+
+
+def uniform_table(samples, n_tokens, seed):
+    """(samples, n_tokens) uniforms in [0, 1), on the CPU whatever the device of the model."""
+    return torch.rand(samples, n_tokens, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def generate(model, prompts, uniforms, decoding=None, control=None, record=False, batch=256,
+             watch=None, progress=None):
+    """
+    prompts [[token, ..], ..], one a sample, and uniforms (N, T) -> a Rollout of N texts.
+
+    `record` keeps states and psi for training. Done in batches of `batch` texts.
+    """
+    decoding, (samples, n_tokens) = decoding or Decoding(), uniforms.shape
+    longest = max(map(len, prompts))
+    if longest + n_tokens > model.config.n_positions:
+        raise InputError(f"a prompt of {longest} tokens and {n_tokens} more go past the model's context of "
+                         f"{model.config.n_positions}; shorten the prompt or --tokens")
+    parts, sampler = [], None
+    for start in range(0, samples, batch):
+        rows = slice(start, min(start + batch, samples))
+        if sampler is None or len(sampler.alive) != rows.stop - rows.start:
+            sampler = None                                     # its memory first
+            sampler = Sampler(model, rows.stop - rows.start, longest + n_tokens, n_tokens, decoding,
+                              control, record)
+        parts.append(sampler.run(prompts[rows], uniforms[rows], watch))
+        if progress:
+            progress(rows.stop, samples)
+    return Rollout(*(torch.cat(columns) for columns in zip(*(vars(part).values() for part in parts))))
+
+
+# --------------------------------------------------------------------------- other methods, budgets
+
 @dataclass
 class Guided:
     """
@@ -122,9 +321,9 @@ class Guided:
     candidates: int = 20
 
     def __call__(self, model, cache, hidden, logits):
-        """hidden (B, n_embd), its logits (B, n_vocab) and the cache before the draw -> controlled logits."""
-        best, tokens, gains = self.look_ahead(model, cache, hidden, logits)
-        return logits.scatter(1, tokens, best + self.step_size * gains)
+        """hidden (B, n_embd), its logits (B, n_vocab) and the cache before the draw -> what to add to them."""
+        _, tokens, gains = self.look_ahead(model, cache, hidden, logits)
+        return torch.zeros_like(logits).scatter(1, tokens, self.step_size * gains)
 
     def look_ahead(self, model, cache, hidden, logits):
         """-> the candidates' logits, the candidates, V(h_{t+1}) - V(h_t) of each, all (B, candidates)."""

@@ -5,16 +5,11 @@ Draw texts from a GPT-2 whose state is steered by a value function, beside uncon
     python sample.py --model gpt2 --value out/gpt2.safetensors --prompt "The movie was"
     python sample.py --model gpt2 --value out/gpt2.safetensors --prompts openings.txt
 
-The first half is the sampler, `Sampler.step` its heart: read the state, find the control, draw a
-token, move the state on. One function for every device: eager on the CPU, on a GPU captured once as
-a CUDA graph and replayed, so nothing in it reads a tensor back to the host. The second half is the
-script. Exit code 2 and one line on bad input.
+Controlled and uncontrolled texts have the same prompts and the same random draws (control.py has the
+sampler): they are pairs, and differences between them have little noise. Exit code 2 and one line on
+bad input.
 
-Draws are an inverse CDF over one table of uniforms, (samples, tokens), from a CPU generator: the
-same on every device, in every batch and under every control, so that controlled and uncontrolled
-texts are pairs and differences between them have little noise.
-
-But: no speculative decoding, no beam search; texts are cut at --tokens, not at the end of a sentence.
+But: texts are cut at --tokens, not at the end of a sentence.
 """
 import argparse
 import codecs
@@ -25,195 +20,13 @@ import os
 import sys
 import time
 import zlib
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from control import Controller, Guided, kl_ball, kl_divergence
-from model import GPT, Cache, InputError
+from control import Controller, Decoding, Guided, generate, uniform_table
+from model import GPT, InputError
 from value import ValueNet, load_reward, load_tokenizer, write_whole
-
-
-# ------------------------------------------------------------------------------------- the sampler
-
-@dataclass
-class Decoding:
-    """What is left of the model's distribution before a token is drawn from it."""
-    temperature: float = 1.0      # 0: the most probable token
-    top_k: int | None = None      # keep the k most probable tokens
-    top_p: float = 1.0            # keep the fewest tokens that hold this probability
-
-
-@dataclass
-class Rollout:
-    """Drawn texts. Every field is (N, T) or (N, T, n_embd); past a text's end entries mean nothing."""
-    tokens: torch.Tensor          # y_t
-    mask: torch.Tensor            # True up to and including the end-of-text token
-    kl: torch.Tensor              # KL(p_u || p), nats, at the decoding's temperature and support
-    logp: torch.Tensor            # log p(y_t) under the uncontrolled model at temperature 1, nats
-    before: torch.Tensor          # V(h_t)
-    after: torch.Tensor           # V(h_t + u_t), u_t as kl_ball has scaled it
-    hidden: torch.Tensor          # h_t + u_t, the state the token was drawn from; empty unless recorded
-    psi: torch.Tensor             # W[y_t] - E[W] under that draw; empty unless recorded
-
-
-class Sampler:
-    """A batch of texts of one shape; buffers and, on a GPU, the graph are made once and used again."""
-
-    def __init__(self, model, batch, size, n_tokens, decoding, control=None, record=False):
-        device, n_embd = model.wte.weight.device, model.config.n_embd
-        self.model, self.decoding, self.control, self.record = model, decoding, control, record
-        self.cache = Cache(model, batch, size)
-        self.hidden = torch.zeros(batch, n_embd, dtype=model.wte.weight.dtype, device=device)
-        self.alive = torch.ones(batch, dtype=torch.bool, device=device)
-        self.t = torch.zeros(1, dtype=torch.long, device=device)
-        self.uniforms = torch.zeros(batch, n_tokens, device=device)
-        kl, logp, before, after = torch.zeros(4, batch, n_tokens, device=device)
-        hidden, psi = torch.zeros(2, batch, n_tokens if record else 0, n_embd, device=device)
-        self.out = Rollout(kl.long(), kl.bool(), kl, logp, before, after, hidden, psi)
-        self.graph = self.capture() if device.type == "cuda" else None
-
-    def step(self):
-        """h_t -> u_t -> y_t -> h_{t+1} for every row, all on the device."""
-        model, h, t = self.model, self.hidden, self.t
-        logits = model.unembed(h)                                        # (B, n_embd) -> (B, n_vocab)
-        kept = truncate(logits, self.decoding)
-        u, controlled, kl = self.steer(h, kept)
-        probs = controlled.softmax(-1)
-        greedy = self.decoding.temperature == 0
-        token = probs.argmax(-1) if greedy else draw(probs, self.uniforms.index_select(1, t))
-        token = torch.where(self.alive, token, model.config.eos_token_id)                            # (B,)
-        self.write(t, tokens=token, mask=self.alive, kl=kl,
-                   logp=logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(-1))
-        if self.control is not None:
-            self.write(t, before=self.control.value(h), after=self.control.value(h + u))
-        if self.record:
-            mean = probs @ model.wte.weight.float()                      # (B, n_vocab) -> (B, n_embd)
-            self.write(t, hidden=h + u, psi=model.wte(token) - mean)
-        self.alive.logical_and_(token != model.config.eos_token_id)
-        self.hidden.copy_(model(token[:, None], self.cache)[:, 0])
-        t.add_(1)
-
-    def steer(self, h, kept):
-        """kept logits (B, n_vocab) -> u (B, n_embd), the controlled logits, and the KL (B,) between."""
-        if self.control is None:
-            u = torch.zeros_like(h, dtype=torch.float32)
-            return u, kept, u[:, 0]
-        if isinstance(self.control, Guided):
-            controlled, u = self.control(self.model, self.cache, h, kept), torch.zeros_like(h)
-            return u, controlled, kl_divergence(controlled.log_softmax(-1), kept.log_softmax(-1))
-        u = self.control(h)
-        delta = self.model.unembed(u) / (self.decoding.temperature or 1.0)   # a product of its own:
-        if self.control.max_kl < math.inf:                                   # h + u would round u away
-            scale = kl_ball(kept, delta, self.control.max_kl)[:, None]
-            u, delta = scale * u, scale * delta
-        controlled = kept + delta
-        return u, controlled, kl_divergence(controlled.log_softmax(-1), kept.log_softmax(-1))
-
-    def write(self, t, **columns):
-        for name, column in columns.items():
-            getattr(self.out, name).index_copy_(1, t, column[:, None])
-
-    def begin(self, prompts, uniforms):
-        """Forget the last texts, read the prompts [[token, ..], ..] and stand at their last state."""
-        lengths = torch.tensor([len(prompt) for prompt in prompts])
-        padded = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
-        for row, prompt in zip(padded, prompts):
-            row[:len(prompt)] = torch.tensor(prompt)
-        device = self.hidden.device
-        for buffer in (self.t, self.cache.lengths, *vars(self.out).values()):
-            buffer.zero_()
-        for values in (self.out.before, self.out.after):
-            values.fill_(math.nan)                             # not read unless there is a control
-        self.alive.fill_(True)
-        self.uniforms.copy_(uniforms)
-        self.cache.span = 0
-        lengths = lengths.to(device)
-        hidden = self.model(padded.to(device), self.cache, lengths)               # (B, T, n_embd)
-        self.hidden.copy_(hidden[torch.arange(len(prompts), device=device), lengths - 1])
-
-    def capture(self):
-        """The step as a CUDA graph: warmed up on a side stream, recorded once, replayed for ever."""
-        self.cache.span = self.cache.size                      # a graph's shapes are fixed
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):
-                self.t.zero_()
-                self.cache.lengths.zero_()
-                self.step()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.step()
-        return graph
-
-    def run(self, prompts, uniforms, watch=None):
-        """Draw the texts. `watch(tokens)` sees each column of tokens as it is drawn."""
-        self.begin(prompts, uniforms)
-        for t in range(uniforms.size(1)):
-            self.graph.replay() if self.graph else self.step()
-            if watch:
-                watch(self.out.tokens[:, t])
-            if (watch or t % 16 == 15) and not self.alive.any():
-                break
-        return Rollout(*(buffer.clone() for buffer in vars(self.out).values()))
-
-
-def truncate(logits, decoding):
-    """logits (B, n_vocab) -> at the temperature, with -inf outside the top-k and top-p tokens."""
-    if decoding.temperature not in (0, 1):
-        logits = logits / decoding.temperature
-    if decoding.top_k is not None:
-        logits = logits.masked_fill(logits < logits.topk(decoding.top_k).values[:, -1:], -torch.inf)
-    if decoding.top_p < 1:
-        ranked, order = logits.softmax(-1).sort(descending=True, stable=True)
-        beyond = ranked.cumsum(-1) - ranked >= decoding.top_p            # the tokens before hold top_p
-        logits = logits.masked_fill(beyond.scatter(1, order, beyond), -torch.inf)
-    return logits
-
-
-def draw(probs, uniform):
-    """
-    probs (B, n_vocab), uniform (B, 1) in [0, 1) -> tokens (B,), the inverse CDF at each uniform.
-
-    In float64 the CDF rises (summed in order; a parallel sum may dip by 1e-16), and its total times
-    a float32 uniform below 1 stays below the total: no token past the last probable one is drawn.
-    """
-    cdf = probs.cumsum(-1, dtype=torch.float64)
-    return torch.searchsorted(cdf, uniform.double() * cdf[:, -1:], right=True)[:, 0]
-
-
-def uniform_table(samples, n_tokens, seed):
-    """(samples, n_tokens) uniforms in [0, 1), on the CPU whatever the device of the model."""
-    return torch.rand(samples, n_tokens, generator=torch.Generator().manual_seed(seed))
-
-
-@torch.no_grad()
-def generate(model, prompts, uniforms, decoding=None, control=None, record=False, batch=256,
-             watch=None, progress=None):
-    """
-    prompts [[token, ..], ..], one a sample, and uniforms (N, T) -> a Rollout of N texts.
-
-    `record` keeps states and psi for training. Done in batches of `batch` texts.
-    """
-    decoding, (samples, n_tokens) = decoding or Decoding(), uniforms.shape
-    longest = max(map(len, prompts))
-    if longest + n_tokens > model.config.n_positions:
-        raise InputError(f"a prompt of {longest} tokens and {n_tokens} more go past the model's context of "
-                         f"{model.config.n_positions}; shorten the prompt or --tokens")
-    parts, sampler = [], None
-    for start in range(0, samples, batch):
-        rows = slice(start, min(start + batch, samples))
-        if sampler is None or len(sampler.alive) != rows.stop - rows.start:
-            sampler = None                                     # its memory first
-            sampler = Sampler(model, rows.stop - rows.start, longest + n_tokens, n_tokens, decoding,
-                              control, record)
-        parts.append(sampler.run(prompts[rows], uniforms[rows], watch))
-        if progress:
-            progress(rows.stop, samples)
-    return Rollout(*(torch.cat(columns) for columns in zip(*(vars(part).values() for part in parts))))
 
 
 # --------------------------------------------------------------------------------- texts and files

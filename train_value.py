@@ -20,9 +20,9 @@ import time
 import torch
 
 import sample
-from control import Controller, step_for_kl
+from control import Controller, generate, step_for_kl, uniform_table
 from model import InputError
-from sample import Parser, count, generate, number, uniform_table
+from sample import Parser, count, number
 from value import ValueNet, fingerprint, load_reward, value_loss
 
 # Ours and the baselines. Their settings are those that were best on the tiny language and on film reviews
@@ -51,11 +51,11 @@ def roll_out(model, encoder, reward, prompts, samples, n_tokens, seed, **how):
     return rollout, torch.tensor(reward(texts), device=rollout.mask.device), texts
 
 
-def train(rollout, rewards, seed=0, log=None, **settings):
+def train(rollout, rewards, seed=0, log=None, costs=None, **settings):
     """Rollout of N texts and rewards (N,) -> a frozen ValueNet, by the settings of one of METHODS."""
     if "ridge" in settings:
         return fit_line(rollout, rewards, **settings)
-    return fit_net(rollout, rewards, seed=seed, log=log, **settings)
+    return fit_net(rollout, rewards, seed=seed, log=log, costs=costs, **settings)
 
 
 def fit_line(rollout, rewards, on, ridge):
@@ -80,7 +80,7 @@ def fit_line(rollout, rewards, on, ridge):
 
 
 def fit_net(rollout, rewards, lam, gain, standardised, epochs, rate, decay, width, batch=64, seed=0,
-          log=None):
+          log=None, costs=None):
     """
     V and, where gain > 0, its gradient, by TD(lambda) and AdamW on batches of whole texts.
 
@@ -101,7 +101,7 @@ def fit_net(rollout, rewards, lam, gain, standardised, epochs, rate, decay, widt
         total = 0.0
         for rows in torch.randperm(len(rewards)).to(rewards.device).split(batch):
             loss = value_loss(value, rollout.hidden[rows], rollout.psi[rows], rewards[rows],
-                              rollout.mask[rows], lam, gain)
+                              rollout.mask[rows], lam, gain, None if costs is None else costs[rows])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import sample                                                                         # noqa: E402
-from control import Controller, Guided, bisect, step_for_kl                          # noqa: E402
+from control import Controller, Guided, Rollout, bisect, step_for_kl                     # noqa: E402
 from exact import Exact                                                               # noqa: E402
 from model import read_json                                                           # noqa: E402
 from train_value import METHODS, roll_out, train                                      # noqa: E402
@@ -118,7 +118,7 @@ def main(argv=None):
         last = guide(drawn.hidden[torch.arange(many), drawn.mask.sum(1) - 1])      # V before the last token
         for label, judged in (("reward", scores), ("V", last)):
             best = judged.view(n, -1).argmax(0) * (many // n) + torch.arange(many // n)
-            chosen = sample.Rollout(*(field[best] for field in vars(drawn).values()))
+            chosen = Rollout(*(field[best] for field in vars(drawn).values()))
             checked = f"  {sum(check([texts[i] for i in best])) / len(best):7.3f}" if check else ""
             report(f"best {n} {label}", math.nan, chosen, scores[best], checked, best_of_kl(judged, n))
     if toy:
@@ -146,7 +146,7 @@ class Witness(Guided):
         log_p = best - logits.logsumexp(-1, keepdim=True)
         rest = (1 - log_p.exp().sum(-1, keepdim=True)).clamp(min=1e-12).log()
         self.seen = getattr(self, "seen", []) + [(torch.cat([log_p, rest], -1), F.pad(gains, (0, 1)))]
-        return logits
+        return torch.zeros_like(logits)
 
     def step_for_kl(self, mask, nats):
         log_p, gains = (torch.stack(column, 1)[mask[:, :len(self.seen)]] for column in zip(*self.seen))

@@ -11,6 +11,7 @@ import shutil
 import pytest
 import torch
 
+import control
 import sample
 import train_value
 from model import GPT, Config, InputError, read_safetensors
@@ -162,7 +163,7 @@ def drawn(encoder, texts):
     rows = [encoder.encode(text) for text in texts]
     tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
     mask = torch.arange(tokens.size(1)) < torch.tensor([[len(row)] for row in rows])
-    return sample.Rollout(tokens, mask, *[torch.zeros(len(rows), tokens.size(1))] * 4,
+    return control.Rollout(tokens, mask, *[torch.zeros(len(rows), tokens.size(1))] * 5,
                           *[torch.zeros(len(rows), 0, 1)] * 2)
 
 

@@ -11,10 +11,10 @@ import torch
 from torch.distributions import Categorical, kl_divergence as reference_kl
 
 from conftest import ROOT
-from control import Controller, Guided, step_for_kl
+from control import (Controller, Decoding, Guided, draw, generate, kl_ball, step_for_kl, truncate,
+                     uniform_table)
 from model import GPT, InputError
-from sample import (Decoding, decode, distinct, draw, encode_prompts, generate, mean_error,
-                    truncate, uniform_table)
+from sample import decode, distinct, encode_prompts, mean_error
 from test_value import random_net
 from value import load_tokenizer
 
@@ -183,12 +183,13 @@ def test_recorded_figures_equal_a_full_pass(model, rows, how):
         kept = torch.stack([truncated(W @ state, decoding) for state in h])  # (L, n_vocab)
         p = Categorical(logits=kept.double())
         q = Categorical(logits=(kept + u @ W.T / decoding.temperature).double())
-        assert torch.allclose(rollout.hidden[i, steps], h + u, atol=1e-4)
+        assert torch.allclose(rollout.hidden[i, steps], h, atol=1e-4)
         assert torch.allclose(rollout.psi[i, steps], W[y] - q.probs.float() @ W, atol=1e-4)
         assert torch.equal(draw(q.probs, uniforms[i, :len(tokens), None]), y)
         assert torch.allclose(rollout.kl[i, steps].double(), reference_kl(q, p), atol=1e-4)
         logp = (h @ W.T).log_softmax(-1)[steps, y]            # at temperature 1, whatever was kept
         assert torch.allclose(rollout.logp[i, steps], logp, atol=1e-4)
+        assert torch.allclose(rollout.logq[i, steps].double(), q.log_prob(y), atol=1e-4)
         if control:
             assert torch.allclose(rollout.before[i, steps], control.value(h), atol=1e-4)
             assert torch.allclose(rollout.after[i, steps], control.value(h + u), atol=1e-4)
@@ -203,7 +204,8 @@ def test_every_step_keeps_the_budget(model, rows, how, max_kl):
     decoding, kls = HOWS[how][0], []
     for i, h in enumerate(full_states(model, rows, rollout)):
         kept = torch.stack([truncated(model.unembed(state), decoding) for state in h])
-        moved = model.unembed(rollout.hidden[i, :len(h)] - h) / decoding.temperature
+        moved = model.unembed(strong_control()(h)) / decoding.temperature
+        moved = kl_ball(kept, moved, max_kl)[:, None] * moved
         kls.append(reference_kl(*(Categorical(logits=x.double()) for x in (kept + moved, kept))))
     kls = torch.cat(kls)
     assert kls.max() <= 1.005 * max_kl and kls.max() >= 0.97 * max_kl       # states differ by 1e-6
