@@ -135,31 +135,32 @@ class ValueNet(nn.Module):
 
 
 @torch.no_grad()
-def bellman_targets(values, rewards, mask, lam):
+def bellman_targets(values, rewards, mask, lam, costs=None):
     """
-    TD(lambda) targets (B, T) for values, mask (B, T) and rewards (B,); no gradient flows through.
+    TD(lambda) targets (B, T) for values, mask, costs (B, T) and rewards (B,); no gradient flows through.
 
         target_{L-1} = reward          target_t = (1 - lam) V(h_{t+1}) + lam target_{t+1}
+    A cost, such as beta * KL of the control at h_t, is paid on reaching h_t: for V(h_{t-1}), not for V(h_t).
 
     With rewards [1.], values [[.1, .2, .4]] and all three states real:
         lam 0    [[.2, .4, 1.]]     the Bellman equation, one step
         lam 0.5  [[.45, .7, 1.]]
         lam 1    [[1., 1., 1.]]     Monte Carlo
     """
-    targets = torch.zeros_like(values)
+    targets, costs = torch.zeros_like(values), torch.zeros_like(values) if costs is None else costs
     next_value = next_target = rewards                         # beyond the last state: the reward
     for t in reversed(range(values.size(1))):
         target = (1 - lam) * next_value + lam * next_target
-        next_target = torch.where(mask[:, t], target, rewards)
-        next_value = torch.where(mask[:, t], values[:, t], rewards)
+        next_target = torch.where(mask[:, t], target - costs[:, t], rewards)
+        next_value = torch.where(mask[:, t], values[:, t] - costs[:, t], rewards)
         targets[:, t] = torch.where(mask[:, t], target, 0.0)
     return targets
 
 
-def value_loss(value, hidden, psi, rewards, mask, lam, gain):
+def value_loss(value, hidden, psi, rewards, mask, lam, gain, costs=None):
     """Mean squared error of Q(h_t, y_t) to the TD(lambda) targets over the real states, a scalar."""
     v, q = value.q_values(hidden, psi, gain)
-    targets = bellman_targets(v.detach(), rewards, mask, lam)
+    targets = bellman_targets(v.detach(), rewards, mask, lam, costs)
     return ((q - targets)[mask] ** 2).mean()
 
 

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import sample                                                                         # noqa: E402
-from control import Controller, Guided, Rollout, bisect, step_for_kl                     # noqa: E402
+from control import Controller, Guided, Rollout, bisect, step_for_kl                 # noqa: E402
 from exact import Exact                                                               # noqa: E402
 from model import read_json                                                           # noqa: E402
 from train_value import METHODS, roll_out, train                                      # noqa: E402

@@ -82,6 +82,14 @@ def test_targets_by_hand(lam, padding):
     assert torch.allclose(targets, torch.tensor(BY_HAND[lam]), atol=1e-6)
 
 
+@pytest.mark.parametrize("lam, by_hand", [(0.0, [0.0, 0.1, 1.0]), (0.5, [0.1, 0.4, 1.0]), (1.0, [0.5, 0.7, 1.0])])
+def test_targets_with_costs_by_hand(lam, by_hand):
+    values, costs = torch.tensor([[0.1, 0.2, 0.4, 9.0]]), torch.tensor([[0.1, 0.2, 0.3, 9.0]])
+    mask = torch.tensor([[True, True, True, False]])
+    targets = bellman_targets(values, torch.tensor([1.0]), mask, lam, costs)
+    assert torch.allclose(targets, torch.tensor([by_hand + [0.0]]), atol=1e-6)
+
+
 @pytest.mark.parametrize("gain", [0.0, 1.0, 5.0])
 @pytest.mark.parametrize("lam", [0.0, 0.7, 1.0])
 def test_loss_is_that_of_constant_targets_on_real_states(lam, gain):
