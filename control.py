@@ -34,6 +34,7 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 
 from model import Cache, InputError
 from value import ValueNet
@@ -114,9 +115,14 @@ class Controller:
     radius: float = 1.0
     max_kl: float = math.inf      # nats a token
     target: float = math.inf      # of V: where to stop climbing
+    excitation: float = 0.0       # size of a random control on top, in x, up to so much a coordinate
 
     def __call__(self, hidden):
-        return ascend(self.value, hidden, self.steps, self.step_size, self.radius, self.target)
+        u = ascend(self.value, hidden, self.steps, self.step_size, self.radius, self.target)
+        if self.excitation:
+            size = self.excitation * torch.rand(len(u), 1, device=u.device)
+            u = u + size * self.value.std * torch.randn_like(u)
+        return u
 
 
 # ------------------------------------------------------------------------------------ the closed loop
@@ -139,8 +145,12 @@ class Rollout:
     logq: torch.Tensor            # log p_u(y_t), that of the draw: controlled, at the decoding's temperature
     before: torch.Tensor          # V(h_t)
     after: torch.Tensor           # V(h_t + u_t), u_t as kl_ball has scaled it
-    hidden: torch.Tensor          # h_t; empty unless recorded
+    hidden: torch.Tensor          # h_t, or h_t + u_t where u_t is an excitation; empty unless recorded
     psi: torch.Tensor             # W[y_t] - E[W] under p_u; empty unless recorded
+
+    def pick(self, rows):
+        """The texts of these rows."""
+        return Rollout(*(column[rows] for column in vars(self).values()))
 
 
 class Sampler:
@@ -177,7 +187,8 @@ class Sampler:
                        after=self.control.value(h + u))
         if self.record:
             mean = probs @ model.wte.weight.float()                      # (B, n_vocab) -> (B, n_embd)
-            self.write(t, hidden=h.float(), psi=model.wte(token) - mean)
+            excited = getattr(self.control, "excitation", 0) > 0
+            self.write(t, hidden=h.float() + u if excited else h.float(), psi=model.wte(token) - mean)
         self.alive.logical_and_(token != model.config.eos_token_id)
         self.hidden.copy_(model(token[:, None], self.cache)[:, 0])
         t.add_(1)
@@ -334,6 +345,41 @@ class Guided:
             cache.lengths -= 1                                 # taken back; its slot is written again
             cache.span = span
         return best, tokens, gains * (tokens != model.config.eos_token_id)         # no state follows an end
+
+
+def pick_best(scores, n):
+    """scores (n * N,), candidate j of text i in row j * N + i -> rows (N,) of the best candidates."""
+    texts = len(scores) // n
+    return scores.view(n, texts).argmax(0) * texts + torch.arange(texts, device=scores.device)
+
+
+def best_of_kl(scores, n):
+    """
+    KL of the best of n from one, nats a text: sum over the levels c of P_n(c) log(P_n(c) / P(c)).
+
+    P(c) is a level's share of the scores; without ties this is log n - (n - 1) / n.
+    """
+    levels, counts = scores.unique(return_counts=True)
+    if len(levels) > len(scores) / 2:                          # no ties to speak of
+        return math.log(n) - (n - 1) / n
+    below = F.pad(counts.double().cumsum(0) / len(scores), (1, 0))                 # P(score <= c), 0 first
+    p, p_n = below.diff(), (below ** n).diff()
+    return (p_n * (p_n / p).log()).sum().item()
+
+
+@torch.no_grad()
+def teacher_force(model, prompts, rollout, batch=32):
+    """log p(y_t) (N, T), nats, of the drawn tokens after these prompts [[token, ..], ..], no control."""
+    logp = torch.zeros_like(rollout.logp)
+    for rows in torch.arange(len(prompts)).split(batch):
+        tokens = rollout.tokens[rows]                                             # (B, T)
+        texts = [torch.tensor(prompts[i] + row) for i, row in zip(rows.tolist(), tokens.tolist())]
+        hidden = model(torch.nn.utils.rnn.pad_sequence(texts, batch_first=True).to(tokens.device))
+        starts = torch.tensor([len(prompts[i]) - 1 for i in rows.tolist()])[:, None]
+        drawn_from = hidden[torch.arange(len(rows))[:, None], starts + torch.arange(tokens.size(1))]
+        logits = model.unembed(drawn_from.flatten(0, 1))                          # (B * T, n_vocab)
+        logp[rows] = log_prob(logits, tokens.flatten()).view_as(tokens)
+    return logp
 
 
 @torch.no_grad()

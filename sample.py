@@ -4,6 +4,7 @@ Draw texts from a GPT-2 whose state is steered by a value function, beside uncon
     python sample.py                                         # the tiny model, after train_value.py
     python sample.py --model gpt2 --value out/gpt2.safetensors --prompt "The movie was"
     python sample.py --model gpt2 --value out/gpt2.safetensors --prompts openings.txt
+    python sample.py --method base --prefix "I loved it. " --best-of 4         # others, or on top of control
 
 Controlled and uncontrolled texts have the same prompts and the same random draws (control.py has the
 sampler): they are pairs, and differences between them have little noise. Exit code 2 and one line on
@@ -24,7 +25,8 @@ from pathlib import Path
 
 import torch
 
-from control import Controller, Decoding, Guided, generate, uniform_table
+from control import (Controller, Decoding, Guided, best_of_kl, generate, pick_best, teacher_force,
+                     uniform_table)
 from model import GPT, InputError
 from value import ValueNet, load_reward, load_tokenizer, write_whole
 
@@ -105,6 +107,37 @@ def decode(encoder, prompts, rollout, eos):
             for prompt, tokens, mask in zip(prompts, rollout.tokens.cpu(), rollout.mask.cpu())]
 
 
+def roll_out(model, encoder, reward, prompts, samples, n_tokens, seed, prefix=(), best_of=1, by="reward",
+             **how):
+    """
+    `samples` texts, the prompts taken in turn -> (Rollout, rewards (N,), texts).
+
+    `prefix` tokens come before each prompt, but are no part of the text. `best_of` so many drawn, the one
+    of the highest reward is kept, or by "value": of the highest V where its last token was drawn. Then kl
+    is log(p_u / p) of what was drawn, p without the prefix, and at a text's first token that of the choice.
+    """
+    prompts = [prompts[i % len(prompts)] for i in range(samples * best_of)]
+    openings = [*map(tuple, prompts)]
+    rollout = generate(model, [[*prompt[:1], *prefix, *prompt[1:]] for prompt in prompts],
+                       uniform_table(len(prompts), n_tokens, seed), **how)
+    end_turns(encoder, rollout)
+    texts = decode(encoder, prompts, rollout, model.config.eos_token_id)
+    rewards = torch.tensor(reward(texts), device=rollout.mask.device)
+    if prefix:
+        rollout.logp = teacher_force(model, prompts, rollout)
+    if prefix or best_of > 1:
+        rollout.kl = torch.where(rollout.mask, rollout.logq - rollout.logp, 0.0)
+    if best_of > 1:
+        last = rollout.mask.sum(1, keepdim=True) - 1
+        judged = rewards if by == "reward" else rollout.before.gather(1, last)[:, 0]
+        rows = pick_best(judged, best_of)
+        for opening in set(openings):
+            same = torch.tensor([other == opening for other in openings], device=rows.device)
+            rollout.kl[same, 0] += best_of_kl(judged[same], best_of)
+        rollout, rewards, texts = rollout.pick(rows), rewards[rows], [texts[i] for i in rows.tolist()]
+    return rollout, rewards, texts
+
+
 def mean_error(scores, clusters=None):
     """Mean and its standard error; `clusters` [label, ..] groups scores that are not independent."""
     scores = torch.as_tensor(scores, dtype=torch.float64).cpu()
@@ -123,27 +156,42 @@ def distinct(rollout, n):
     return len(set(grams)) / max(len(grams), 1)
 
 
+def diversity(rollout):
+    """Mean over the texts of the product over n = 2, 3, 4 of distinct n-grams over all n-grams of the text."""
+    products = []
+    for tokens, mask in zip(rollout.tokens.cpu(), rollout.mask.cpu()):
+        row, product = tokens[mask].tolist(), 1.0
+        for n in (2, 3, 4):
+            grams = [tuple(row[i:i + n]) for i in range(len(row) - n + 1)]
+            product *= len(set(grams)) / len(grams) if grams else 1.0
+        products.append(product)
+    return sum(products) / len(products)
+
+
 def figures(rollout, rewards, clusters=None):
     """What a set of texts earned and what it cost: {name: number}, NaN where not defined."""
     mask = rollout.mask
     reward, error = mean_error(rewards, clusters)
     return {"reward": reward, "error": error,
+            "positive": (torch.as_tensor(rewards) > 0).double().mean().item(),
             "kl_token": rollout.kl[mask].mean().item(),
             "kl_text": (rollout.kl * mask).sum(1).mean().item(),
             "perplexity": math.exp(-rollout.logp[mask].mean().item()),
             "before": rollout.before[mask].mean().item(), "after": rollout.after[mask].mean().item(),
+            "diversity": diversity(rollout),
             **{f"distinct_{n}": distinct(rollout, n) for n in (1, 2, 3)}}
 
 
 def show(rows):
     """Print {label: figures} as a table; KL at temperature 0 is not defined and shown as n/a."""
-    print(f"\n{'':14}{'reward':>16}{'KL a token':>12}{'KL a text':>11}{'perplexity':>12}"
-          f"{'V before':>10}{'V after':>9}   distinct-1/2/3")
+    print(f"\n{'':14}{'reward':>16}{'positive':>10}{'KL a token':>12}{'KL a text':>11}{'perplexity':>12}"
+          f"{'V before':>10}{'V after':>9}{'diversity':>11}   distinct-1/2/3")
     for label, f in rows.items():
         cells = [f"{f[name]:.{digits}f}" if math.isfinite(f[name]) else "n/a" for name, digits in
                  (("kl_token", 4), ("kl_text", 3), ("perplexity", 2), ("before", 3), ("after", 3))]
-        print(f"{label:14}{f['reward']:8.3f} +-{f['error']:6.3f}{cells[0]:>11} {cells[1]:>10} {cells[2]:>11}"
-              f" {cells[3]:>9} {cells[4]:>8}   " + "/".join(f"{f[f'distinct_{n}']:.2f}" for n in (1, 2, 3)))
+        print(f"{label:14}{f['reward']:8.3f} +-{f['error']:6.3f}{f['positive']:10.2f}{cells[0]:>12}{cells[1]:>11}"
+              f"{cells[2]:>12}{cells[3]:>10}{cells[4]:>9}{f['diversity']:11.2f}   "
+              + "/".join(f"{f[f'distinct_{n}']:.2f}" for n in (1, 2, 3)))
 
 
 # -------------------------------------------------------------------------------------- the script
@@ -255,8 +303,12 @@ def parse_args(argv):
     add("--top-p", type=number(float, 1e-6, 1), default=1.0, help="draw from the fewest tokens of this mass")
     add("--json", metavar="FILE", help="write every text and figure there")
     add("--only", action="store_true", help="skip the uncontrolled texts")
-    add("--guided", type=number(int, 0, 2 ** 20), default=0, metavar="K", help="instead of control, re-weight "
-        "the K most probable tokens by exp(step size * V) of the state each leads to")
+    add("--method", choices=("control", "guided", "base"), default="control", help="control: u, by gradient "
+        "ascent on V; guided: candidates re-weighted by exp(step size * V) of the state each leads to; base: none")
+    add("--candidates", type=count, default=20, help="of guided: so many of the most probable tokens")
+    add("--prefix", default="", metavar="TEXT", help="comes before each prompt, but not into the text or its KL")
+    add("--best-of", type=count, default=1, metavar="N", help="draw N texts for each one kept: the best")
+    add("--by", choices=("reward", "value"), default="reward", help="what is best: value is V at the last token")
     add("--steps", type=count, default=1, help="of gradient ascent on V, a token")
     add("--step-size", type=number(float, 0, 1e6), help="of all steps together, in gain / beta (default: "
                                                         "saved with V, see NATS in train_value.py)")
@@ -282,6 +334,8 @@ def weighted(text):
 
 def load_values(args, model):
     """-> the value net, a weighted sum if there are several; what is saved with each; the reward to report."""
+    if args.method == "base" and args.by == "reward" and args.reward and not args.value:
+        return None, [], load_reward(args.reward, args.device)             # nothing to steer or judge with
     files, weights = zip(*(args.value or [("out/value.safetensors", 1.0)]))
     values, rewards = [ValueNet.load(file, model) for file in files], []
     wanted = {"reward": str, "method": str, "step_size": float, "radius": float}
@@ -301,10 +355,12 @@ def load_values(args, model):
 
 def make_control(args, model, value, infos):
     """The Controller, or Guided, that the options describe; where they are silent, as saved with V."""
-    if args.guided:
+    if args.method == "base":
+        return value and Controller(value, step_size=0.0)      # no control, but V is read
+    if args.method == "guided":
         scale = args.sign * (1.0 if args.step_size is None else args.step_size)
-        print(f"value-guided decoding: {args.guided} candidates a token, re-weighted by exp({scale:.3g} V)")
-        return Guided(value, scale, min(args.guided, model.config.n_vocab))
+        print(f"value-guided decoding: {args.candidates} candidates a token, re-weighted by exp({scale:.3g} V)")
+        return Guided(value, scale, min(args.candidates, model.config.n_vocab))
     radius = min(info["radius"] for info in infos) if args.radius is None else args.radius
     saved = sum(info["step_size"] for info in infos) / len(infos)
     step_size = args.sign * (saved if args.step_size is None else args.step_size) / args.steps
@@ -324,25 +380,30 @@ def main(argv=None):
         raise InputError(f"--top-k {args.top_k}: choose 1 to {n_vocab}, the size of the vocabulary")
     value, infos, reward = load_values(args, model)
     control = make_control(args, model, value, infos)
-    decoding = Decoding(args.temperature, args.top_k, args.top_p)
-    rows = [prompt for prompt in prompts for _ in range(args.samples)]
-    uniforms = uniform_table(len(rows), args.tokens, args.seed)
+    prefix = encode_prompts(model, encoder, [args.prefix], args.tokens)[1][0][1:] if args.prefix else []
+    plans = {"uncontrolled": {}} if not args.only else {}
+    if args.method != "base" or prefix or args.best_of > 1 or args.only:
+        label = "controlled" if args.method == "control" else args.method
+        plans[label] = dict(control=control, prefix=prefix, best_of=args.best_of, by=args.by)
+        print(f"prefix: {args.prefix!r}\n" * bool(prefix)
+              + f"best of {args.best_of} by {args.by}\n" * (args.best_of > 1), end="")
+    decoding, samples = Decoding(args.temperature, args.top_k, args.top_p), args.samples * len(prompts)
+    sampled = decoding == Decoding() or not prefix and args.best_of == 1 and args.temperature > 0
     results, table = {}, {}
-    for label, how in [("uncontrolled", None)] * (not args.only) + [("controlled", control)]:
-        watch = stream(encoder, eos, f"{label}: {texts[0]}") if len(rows) == 1 else None
-        rollout = generate(model, rows, uniforms, decoding, how, batch=args.batch, watch=watch,
-                           progress=progress(f"{label} texts"))
-        end_turns(encoder, rollout)
-        written = decode(encoder, rows, rollout, eos)
-        results[label] = rollout, written, reward(written)
-        table[label] = figures(rollout, results[label][2])
-        if args.temperature == 0:                              # KL between point masses is not defined
+    for label, plan in plans.items():
+        watched = samples == 1 and plan.get("best_of", 1) == 1
+        watch = stream(encoder, eos, f"{label}: {texts[0]}") if watched else None
+        results[label] = rollout, scores, _ = roll_out(
+            model, encoder, reward, prompts, samples, args.tokens, args.seed, decoding=decoding, watch=watch,
+            batch=args.batch, progress=progress(f"{label} texts"), **plan)
+        table[label] = figures(rollout, scores)
+        if args.temperature == 0 or plan and not sampled:                              # KL is not defined, or not known
             table[label]["kl_token"] = table[label]["kl_text"] = math.nan
-    if len(rows) > 1:
-        show_pairs(results, [i * len(rows) // args.show for i in range(min(args.show, len(rows)))])
+    if samples > 1:
+        show_pairs(results, range(min(args.show, samples)))
     show(table)
     if args.json:
-        asked = [text for text in texts for _ in range(args.samples)]
+        asked = [texts[i % len(texts)] for i in range(samples)]
         write_json(args.json, vars(args), asked, results, table)
 
 
@@ -350,7 +411,7 @@ def show_pairs(results, rows):
     """The same prompt and the same draws, without and with control."""
     for i in rows:
         print()
-        for label, (_, written, scores) in results.items():
+        for label, (_, scores, written) in results.items():
             print(f"{label:13}{scores[i]:+.2f}  {' '.join(written[i].split())}")
 
 
@@ -360,11 +421,11 @@ def write_json(path, settings, prompts, results, table):
         return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
     whole = {"settings": clean(settings)}
-    for label, (rollout, written, scores) in results.items():
+    for label, (rollout, scores, written) in results.items():
         kl = (rollout.kl * rollout.mask).sum(1).tolist()
         entries = [{"prompt": prompt, "text": text, "reward": score,
                     "kl": nats if math.isfinite(table[label]["kl_text"]) else None}
-                   for prompt, text, score, nats in zip(prompts, written, scores, kl)]
+                   for prompt, text, score, nats in zip(prompts, written, scores.tolist(), kl)]
         whole[label] = {"figures": clean(table[label]), "texts": entries}
     write_whole(path, [json.dumps(whole, indent=1).encode()])
 

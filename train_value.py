@@ -7,9 +7,11 @@ Train a value function on the hidden states of a frozen GPT-2: rollouts -> rewar
     1. roll out the model on the prompts, at temperature 1, recording states and psi
     2. score the finished texts with the reward
     3. fit V and its gradient (see value.py) by TD(lambda) on the recorded states
-    4. report on held-out rollouts, save, and show a few steered texts beside plain ones
+    4. --rounds above 1: roll out under the control so far and fit again, soft policy iteration
+    5. report on held-out rollouts, save, and show a few steered texts beside plain ones
 
-But: one round only, on the uncontrolled model's texts; where control leads far away, V extrapolates.
+The paper stops at one round. The first knows the uncontrolled texts only: V(h_t) is what the model
+earns if it is left alone from here on, not what the control still to come will make of it.
 """
 import argparse
 import math
@@ -20,10 +22,10 @@ import time
 import torch
 
 import sample
-from control import Controller, generate, step_for_kl, uniform_table
+from control import Controller, step_for_kl
 from model import InputError
 from sample import Parser, count, number
-from value import ValueNet, fingerprint, load_reward, value_loss
+from value import ValueNet, bellman_targets, fingerprint, load_reward, value_loss
 
 # Ours and the baselines. Their settings are those that were best on the tiny language and on film reviews
 # together, of as many tries each (tests/tune.py). One-step targets (lam 0) carry the reward back one
@@ -39,26 +41,16 @@ METHODS = {
     "static": dict(on="states", ridge=3.0),
     "draws": dict(on="draws", ridge=0.3),
 }
-NATS = 0.5      # a text: the cost of the control whose step size is saved with V as sample.py's default
-
-
-def roll_out(model, encoder, reward, prompts, samples, n_tokens, seed, **how):
-    """`samples` texts, the prompts taken in turn -> (Rollout, rewards (N,), texts)."""
-    prompts = [prompts[i % len(prompts)] for i in range(samples)]
-    rollout = generate(model, prompts, uniform_table(samples, n_tokens, seed), **how)
-    sample.end_turns(encoder, rollout)
-    texts = sample.decode(encoder, prompts, rollout, model.config.eos_token_id)
-    return rollout, torch.tensor(reward(texts), device=rollout.mask.device), texts
 
 
 def train(rollout, rewards, seed=0, log=None, costs=None, **settings):
     """Rollout of N texts and rewards (N,) -> a frozen ValueNet, by the settings of one of METHODS."""
     if "ridge" in settings:
-        return fit_line(rollout, rewards, **settings)
+        return fit_line(rollout, rewards, costs=costs, **settings)
     return fit_net(rollout, rewards, seed=seed, log=log, costs=costs, **settings)
 
 
-def fit_line(rollout, rewards, on, ridge):
+def fit_line(rollout, rewards, on, ridge, costs=None):
     """
     V(h) = w . x + const by ridge regression of the rewards on x, or of what is left of them on psi_x.
 
@@ -69,7 +61,8 @@ def fit_line(rollout, rewards, on, ridge):
     value.mean.copy_(states.mean(0))
     value.std.copy_(states.std(0).clamp(min=1e-6))
     features = (states - value.mean) / value.std if on == "states" else rollout.psi[rollout.mask] * value.std
-    outcome = (rewards - rewards.mean())[:, None].expand_as(rollout.mask)[rollout.mask]
+    returns = bellman_targets(torch.zeros_like(rollout.kl), rewards - rewards.mean(), rollout.mask, 1.0, costs)
+    outcome = returns[rollout.mask]
     gram = features.T @ features                               # (n_embd, n_embd)
     w = torch.linalg.solve(gram + ridge * gram.diag().mean() * torch.eye(len(gram), device=gram.device),
                            features.T @ outcome)
@@ -112,6 +105,31 @@ def fit_net(rollout, rewards, lam, gain, standardised, epochs, rate, decay, widt
         if log:
             log(epoch, total)
     return value.requires_grad_(False)
+
+
+def improve(model, control, rollout, rewards, first, nats, settings, radius=1.0, seed=0, log=None):
+    """
+    A round of soft policy iteration: `control` and texts drawn under it -> the next Controller.
+
+    Evaluation: V and Q of the reward less beta KL, beta = gain / step_size, the exchange rate at which this
+    control is optimal (without the KL V would call for ever more of it). Improvement: one step on the new
+    V, at the size that costs `nats` a text on the states of the `first`, uncontrolled texts. In the first
+    round `control` is None, or an excitation, which costs nothing here: it is no policy.
+    """
+    costs = None
+    if control is not None and not control.excitation:
+        costs = rollout.kl * settings.get("gain", float(settings.get("on") == "draws")) / control.step_size
+    value = train(rollout, rewards, seed=seed, log=log, costs=costs, **settings)
+    control = Controller(value, radius=radius if settings.get("standardised") else math.inf)
+    control.step_size = step_for_kl(model, control, first, nats)
+    return control
+
+
+def excitation(rollout, size):
+    """A Controller that moves the states of such a rollout at random, by up to `size` a coordinate of x."""
+    value, states = ValueNet(rollout.hidden.size(-1), 1), rollout.hidden[rollout.mask]
+    value.std.copy_(states.std(0).clamp(min=1e-6))
+    return Controller(value.to(states.device).requires_grad_(False), step_size=0.0, excitation=size)
 
 
 @torch.no_grad()
@@ -161,7 +179,12 @@ def parse_args(argv):
     own("--epochs", type=count, default=argparse.SUPPRESS, help="passes over the rollouts")
     own("--rate", type=number(float, 0, 10), default=argparse.SUPPRESS, help="peak learning rate")
     own("--decay", type=number(float, 0, 100), default=argparse.SUPPRESS, help="weight decay, decoupled")
-    add("--rollouts", type=number(int, 16, 2 ** 31), default=4000, help="texts to learn from")
+    add("--rollouts", type=number(int, 16, 2 ** 31), default=4000, help="texts to learn from, a round")
+    add("--rounds", type=count, default=1, help="of policy iteration: 1 learns from uncontrolled texts only")
+    add("--nats", type=number(float, 1e-6, 1e3), default=0.5, help="a text: the cost of the control whose step "
+                                                                   "size is saved with V, and of the rounds")
+    add("--excitation", type=number(float, 0, 10), default=0.0, help="size of random controls in the first "
+                                                                     "round, in standard deviations of a state")
     add("--held-out", type=number(int, 16, 2 ** 31), default=1000, help="texts to report on")
     own("--width", type=number(int, 1, 65536), default=argparse.SUPPRESS, help="of V's hidden layer")
     own("--ridge", type=number(float, 0, 1e9), default=argparse.SUPPRESS,
@@ -180,34 +203,40 @@ def main(argv=None):
     reward = load_reward(args.reward, args.device)
 
     def rolled(samples, seed, label, **how):
-        return roll_out(model, encoder, reward, prompts, samples, args.tokens, seed, batch=args.batch,
-                        progress=sample.progress(label), **how)
+        return sample.roll_out(model, encoder, reward, prompts, samples, args.tokens, seed, batch=args.batch,
+                               progress=sample.progress(label), **how)
 
     started = time.time()
-    rollout, rewards, _ = rolled(args.rollouts, args.seed, "rollouts", record=True)
-    print(f"{args.rollouts} rollouts of {args.tokens} tokens: mean reward {rewards.mean():.3f}, "
-          f"standard deviation {rewards.std():.3f}")
-    rolled_out = time.time()
     settings = {name: getattr(args, name) for name in METHODS[args.method]}
-    value = train(rollout, rewards, **settings, seed=args.seed,
-                  log=lambda epoch, loss: print(f"epoch {epoch + 1:2d}  Bellman error {loss:.4f}"))
-    trained = time.time()
+    control, first, rolling = None, None, 0.0
+    if args.excitation:
+        torch.manual_seed(args.seed)
+        control = excitation(rolled(args.batch, args.seed, "pilot", record=True)[0], args.excitation)
+    for i in range(args.rounds):
+        before = time.time()
+        rollout, rewards, _ = rolled(args.rollouts, args.seed + 10_000 * i, "rollouts", record=True, control=control)
+        rolling += time.time() - before
+        cost = f", KL {sample.figures(rollout, rewards)['kl_text']:.3f} nats a text" * (control is not None)
+        print(f"{args.rollouts} rollouts of {args.tokens} tokens: mean reward {rewards.mean():.3f}, "
+              f"standard deviation {rewards.std():.3f}{cost}")
+        first = first or rollout
+        control = improve(model, control, rollout, rewards, first, args.nats, settings, seed=args.seed,
+                          log=lambda epoch, loss: print(f"epoch {epoch + 1:2d}  Bellman error {loss:.4f}"))
+    trained, value = time.time(), control.value
     held_out, outcome, _ = rolled(args.held_out, args.seed + 1, "held-out rollouts", record=True)
     report(value, held_out, outcome)
-    radius = 1.0 if settings.get("standardised") else math.inf
-    step_size = step_for_kl(model, Controller(value, radius=radius), rollout, NATS)
     value.save(args.out, fingerprint=fingerprint(model), model=str(args.model), method=args.method,
-               **settings, reward=args.reward, rollouts=args.rollouts, tokens=args.tokens,
-               temperature=1.0, seed=args.seed, step_size=step_size, radius=radius)
+               **settings, reward=args.reward, rollouts=args.rollouts, rounds=args.rounds, tokens=args.tokens,
+               temperature=1.0, seed=args.seed, excitation=args.excitation, nats=args.nats,
+               step_size=control.step_size, radius=control.radius)
     print(f"\n{args.out}: {sum(p.numel() for p in value.parameters()):,} parameters trained; rollouts "
-          f"{rolled_out - started:.0f} s, training {trained - rolled_out:.0f} s, peak memory "
-          f"{peak_memory(model.wte.weight.device):.0f} MiB; a step of {step_size:.2f} costs about {NATS} "
-          f"nats a text")
+          f"{rolling:.0f} s, training {trained - started - rolling:.0f} s, peak memory "
+          f"{peak_memory(model.wte.weight.device):.0f} MiB; a step of {control.step_size:.2f} costs about "
+          f"{args.nats:g} nats a text")
     few = min(max(len(prompts), 2), 4)
-    pairs = {label: rolled(few, args.seed + 2, label, control=control) for label, control in
-             (("uncontrolled", None), ("controlled", Controller(value, 1, step_size, radius)))}
-    sample.show_pairs({label: (drawn, texts, scores.tolist())
-                       for label, (drawn, scores, texts) in pairs.items()}, range(few))
+    pairs = {label: rolled(few, args.seed + 2, label, control=how)
+             for label, how in (("uncontrolled", None), ("controlled", control))}
+    sample.show_pairs(pairs, range(few))
 
 
 if __name__ == "__main__":

@@ -6,20 +6,30 @@ Every method side by side: reward against KL, on texts that no setting was chose
 
 One set of rollouts trains all methods, with the settings of --settings (tests/tune.py). Their step sizes
 are those that cost the budgets of --kl on the states of the training rollouts (control.step_for_kl), so
-nothing is tuned on the test prompts. --candidates K adds value-guided decoding and --best-of N the best
-of N texts, at their own KL. The texts of all rows are drawn with the same uniforms: gains are paired
-differences.
+nothing is tuned on the test prompts. The texts of all rows are drawn with the same uniforms: gains are
+paired differences. At their own KL, if asked for: value-guided decoding (--candidates), the best of n
+(--best-of), a prefix (--prefix), both also on top of the first control of --guide, a fine-tuned model
+(--tuned, from tests/finetune.py). --rounds adds policy iteration.
 
+    KL        of the controlled from the uncontrolled distribution, nats a text, and a token
     gain      mean reward less the uncontrolled texts', with its standard error, clustered by opening
-    KL        of the controlled from the uncontrolled distribution, summed over a text, nats
-    ppl       perplexity of the continuations under the uncontrolled model
-    share     gain over that of the exact KL-optimal controller at the same KL (the tiny model only), exact
-              for the chain of grammar states with the model's own averaged probabilities; +- is the gain's
-    R^2       of V against the exact value, over the states of grammatical texts not trained on (the same)
+    >0        share of the texts with a reward above 0
+    ppl       perplexity of the texts under the uncontrolled model, prompts not counted
+    div       mean product, n = 2..4, of a text's distinct n-grams over all its n-grams
+    distinct  distinct n-grams over all n-grams of all texts
+    tok/s     tokens kept a second, reading the prompts included, scoring not
+    fwd       forward passes of the model for each token kept
+    share     gain over the largest gain any method could have at the same KL (tests/exact.py): exact on the
+              tiny model, from --optimum uncontrolled texts an opening elsewhere; +- is the gain's
+    check     mean of the --check reward, which nothing was trained on
+    R^2       of V against the exact value, over the states of grammatical texts not trained on (tiny model)
 """
+import json
 import math
 import re
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,10 +38,10 @@ import torch.nn.functional as F
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import sample                                                                         # noqa: E402
-from control import Controller, Guided, Rollout, bisect, step_for_kl                 # noqa: E402
-from exact import Exact                                                               # noqa: E402
-from model import read_json                                                           # noqa: E402
-from train_value import METHODS, roll_out, train                                      # noqa: E402
+from control import Controller, Guided, bisect, step_for_kl, teacher_force           # noqa: E402
+from exact import Exact, Tilted                                                       # noqa: E402
+from model import GPT, read_header, read_json                                         # noqa: E402
+from train_value import METHODS, improve, peak_memory, train                          # noqa: E402
 from value import load_reward                                                         # noqa: E402
 
 
@@ -40,18 +50,90 @@ def parse_args(argv):
     add = parser.add_argument
     add("--test", metavar="FILE", help="prompts to report on (default: those of the rollouts, other draws)")
     add("--reward", default="sentiment", help="as in train_value.py")
-    add("--rollouts", type=sample.number(int, 16, 2 ** 31), default=4000, help="texts to learn from")
+    add("--rollouts", type=sample.number(int, 16, 2 ** 31), default=4000, help="texts to learn from, a round")
     add("--samples", type=sample.number(int, 2, 2 ** 31), default=4000, help="texts a test prompt and row")
     add("--kl", default="0.1,0.3,0.8,2", help="budgets aimed at, nats a text")
     add("--radius", type=sample.number(float, 0, math.inf), default=2.0, help="of the ball; paper has none")
     add("--settings", metavar="FILE", help="of training, from tests/tune.py (default: train_value.py's)")
     add("--check", metavar="NAME", help="another reward to print beside, which nothing is trained on")
     add("--methods", default=",".join(METHODS), help="which of " + ", ".join(METHODS))
+    add("--rounds", type=sample.count, default=1, help="of policy iteration, for the methods that have a Q")
     add("--candidates", type=sample.number(int, 0, 2 ** 20), default=0, help="of guided decoding; 0: none")
     add("--best-of", default="", help="numbers n: the best of n by the reward, and by V before the last token")
-    add("--guide", choices=METHODS, default="q", help="whose V guides and judges")
+    add("--prefix", default="", metavar="TEXT", help="of prompting: comes before each prompt")
+    add("--tuned", metavar="DIR", help="a fine-tuned model, from tests/finetune.py")
+    add("--guide", choices=METHODS, default="q", help="whose V guides, judges and is combined")
+    add("--optimum", type=sample.count, help="uncontrolled texts an opening to estimate the best gain from")
     add("--test-seed", type=sample.number(int, 0, 2 ** 62), default=1000, help="of the draws reported on")
+    add("--json", metavar="FILE", help="write every text and figure there")
     return parser.parse_args(argv)
+
+
+class Table:
+    """The rows: texts of the same prompts and draws, by every method, and what they earned and cost."""
+
+    def __init__(self, args, model, encoder, prompts, asked):
+        self.args, self.model, self.encoder, self.prompts, self.asked = args, model, encoder, prompts, asked
+        self.reward, self.check = [name and load_reward(name, args.device) for name in (args.reward, args.check)]
+        toy = (Path(args.model) / "grammar.py").is_file()
+        self.clusters = None if toy else [i % len(prompts) for i in range(args.samples * len(prompts))]
+        self.results, self.figures, self.frontier = {}, {}, None
+        print(f"{len(prompts)} openings x {args.samples} samples a row, {args.rollouts} rollouts of {args.tokens} "
+              f"tokens, seeds {args.seed} and {args.test_seed}\n\n{'method':20}{'step':>8}{'KL':>7}{'a token':>8}"
+              f"{'reward':>8}  {'gain':16}{'>0':>5}{'ppl':>8}{'div':>6}  {'distinct-1/2/3':17}{'tok/s':>7}{'fwd':>5}"
+              f"{'  check' if args.check else ''}{'  share' if toy or args.optimum else ''}")
+        base, earned = self.row("uncontrolled", record=toy)
+        if toy:
+            self.frontier = Exact(model, encoder, prompts, base, args.tokens)
+        elif args.optimum:
+            _, scores, _ = self.roll_out(prompts, args.optimum * len(prompts), args.test_seed + 1)
+            self.frontier = Tilted(scores, [i % len(prompts) for i in range(len(scores))])
+        self.exact = self.frontier if toy else None
+
+    def roll_out(self, prompts, samples, seed, gpt=None, **how):
+        return sample.roll_out(gpt or self.model, self.encoder, self.reward, prompts, samples, self.args.tokens,
+                               seed, batch=self.args.batch, **how)
+
+    def row(self, label, step=math.nan, forwards=1, gpt=None, note="", **how):
+        """Draw a row's texts, print and keep its figures -> (Rollout, rewards)."""
+        clock = [time.perf_counter()]
+        drawn, scores, texts = self.roll_out(self.prompts, self.args.samples * len(self.prompts),
+                                             self.args.test_seed, gpt,
+                                             progress=lambda *_: clock.append(time.perf_counter()), **how)
+        if gpt:                                                # another model: its KL by teacher forcing
+            whole = [self.prompts[i % len(self.prompts)] for i in range(len(scores))]
+            drawn.logp = teacher_force(self.model, whole, drawn)
+            drawn.kl = torch.where(drawn.mask, drawn.logq - drawn.logp, 0.0)
+        f = sample.figures(drawn, scores, self.clusters)
+        self.results[label], self.figures[label] = (drawn, scores, texts), f
+        gain, error = sample.mean_error(scores - self.results["uncontrolled"][1], self.clusters)
+        f |= {"step": step, "gain": gain, "gain_error": error, "forwards": forwards * how.get("best_of", 1),
+              "tokens_per_second": drawn.mask.sum().item() / (clock[-1] - clock[0])}
+        cells = f"{gain:+.3f} +- {error:.3f}" if len(self.results) > 1 else ""
+        tail = ""
+        if self.check:
+            f["check"] = sum(self.check(texts)) / len(texts)
+            tail += f"{f['check']:7.3f}"
+        if self.frontier:
+            f["share"], f["share_error"] = (x / self.frontier.best(f["kl_text"]) for x in (gain, error))
+            tail += f"  {f['share']:.3f} +- {f['share_error']:.3f}"
+        print(f"{label:20}{step:8.2f}{f['kl_text']:7.3f}{f['kl_token']:8.4f}{f['reward']:8.3f}  {cells:16}"
+              f"{f['positive']:5.2f}{f['perplexity']:8.2f}{f['diversity']:6.3f}  "
+              + f"{'/'.join(f'''{f[f'distinct_{n}']:.3f}''' for n in (1, 2, 3)):17}"
+              + f"{f['tokens_per_second']:7.0f}{f['forwards']:5d}{tail}{note}", flush=True)
+        return drawn, scores
+
+    def show_texts(self, label, few=2):
+        """The best and the worst texts, and the oddest of those the reward likes best: is it gamed?"""
+        drawn, scores, texts = self.results[label]
+        surprise = -(drawn.logp * drawn.mask).sum(1) / drawn.mask.sum(1)           # nats a token
+        top = scores >= scores.topk(max(len(scores) // 20, 1)).values[-1]
+        odd = torch.where(top, surprise, -torch.inf)
+        for name, rows in (("best", scores.topk(few)[1]), ("worst", scores.topk(few, largest=False)[1]),
+                           ("least likely of the best twentieth", odd.topk(few)[1])):
+            print(f"\n{label}, {name}:")
+            for i in rows.tolist():
+                print(f"  {scores[i]:+.2f}  {' '.join(texts[i].split())}")
 
 
 def main(argv=None):
@@ -59,84 +141,76 @@ def main(argv=None):
     methods, budgets = args.methods.split(","), args.kl.split(",")
     if set(methods) - METHODS.keys() or not all(re.fullmatch(r"\d*\.?\d+", nats) for nats in budgets):
         raise sample.InputError("--methods takes " + ",".join(METHODS) + " and --kl numbers, commas between")
+    if (args.candidates or args.best_of) and args.guide not in methods:
+        raise sample.InputError(f"--guide {args.guide}: name it among the --methods")
+    if args.json:
+        sample.check_writable(args.json)
     settings = {**METHODS, **(read_json(args.settings) if args.settings else {})}
-    model, encoder, _, prompts = sample.load(args)
-    reward = load_reward(args.reward, args.device)
-    check = load_reward(args.check, args.device) if args.check else None
+    model, encoder, asked, prompts = sample.load(args)
+    tuned = GPT.from_pretrained(args.tuned, args.device) if args.tuned else None
     tests = prompts
     if args.test:
-        _, tests = sample.encode_prompts(model, encoder, sample.read_prompts(args.test), args.tokens)
-    rollout, rewards, _ = roll_out(model, encoder, reward, prompts, args.rollouts, args.tokens, args.seed,
-                                   record=True, progress=sample.progress("rollouts"), batch=args.batch)
-    toy = (Path(args.model) / "grammar.py").is_file()
-
-    def rows(label, control=None, record=False):
-        drawn, scores, texts = roll_out(model, encoder, reward, tests, args.samples * len(tests), args.tokens,
-                                    args.test_seed, control=control, record=record,
-                                    progress=sample.progress(label), batch=args.batch)
-        checked = f"  {sum(check(texts)) / len(texts):7.3f}" if check else ""
-        return drawn, scores, checked
-
-    base, earned, checked = rows("uncontrolled", record=toy)
-    clusters = None if toy else [i % len(tests) for i in range(len(earned))]
-    exact = Exact(model, encoder, tests, base, args.tokens) if toy else None
-    print(f"{len(tests)} openings x {args.samples} samples a row, {args.rollouts} rollouts of {args.tokens} "
-          f"tokens, seeds {args.seed} and {args.test_seed}\n")
-    print("method         step     KL  reward  gain" + " " * 16 + "ppl  distinct-1/2/3   "
-          + "  check" * bool(check) + "share" * toy)
-    print(line("uncontrolled", math.nan, sample.figures(base, earned, clusters), None) + checked, flush=True)
-
-    def report(label, step, drawn, scores, checked, kl=None):
-        found = sample.figures(drawn, scores, clusters)
-        found["kl_text"] = found["kl_text"] if kl is None else kl
-        gained = sample.mean_error(scores - earned, clusters)
-        print(line(label, step, found, gained) + checked
-              + (exact.share(found["kl_text"], *gained) if toy else ""), flush=True)
-
-    fits = []
+        asked, tests = sample.encode_prompts(model, encoder, sample.read_prompts(args.test), args.tokens)
+    table, started = Table(args, model, encoder, tests, asked), time.perf_counter()
+    first, rewards, _ = table.roll_out(prompts, args.rollouts, args.seed, record=True,
+                                       progress=sample.progress("rollouts"))
+    costs, fits = {"rollouts": (time.perf_counter() - started, 0)}, []
     for method in methods:
-        value = train(rollout, rewards, **settings[method], seed=args.seed)
-        if method == args.guide:
-            guide = value
-        fits.append(f"{method} {exact.r_squared(value, base):.4f}" if toy else "")
+        started = time.perf_counter()
+        value = train(first, rewards, **settings[method], seed=args.seed)
+        costs[method] = time.perf_counter() - started, sum(p.numel() for p in value.parameters())
+        fits.append(f"{method} {table.exact.r_squared(value, table.results['uncontrolled'][0]):.4f}"
+                    if table.exact else "")
+        ball = args.radius if settings[method].get("standardised") else math.inf
         for nats in map(float, budgets):
-            ball = args.radius if settings[method].get("standardised") else math.inf
             control = Controller(value, radius=ball)
-            step = control.step_size = step_for_kl(model, control, rollout, nats)
-            report(method, step, *rows(f"{method} {nats}", control))
-    if args.candidates:
-        witness = Witness(guide, candidates=args.candidates)
-        pilot, *_ = roll_out(model, encoder, reward, prompts, args.batch, args.tokens, args.seed,
-                             batch=args.batch, control=witness)
-        for nats in map(float, budgets):
-            guided = Guided(guide, witness.step_for_kl(pilot.mask, nats), args.candidates)
-            report("guided", guided.step_size, *rows(f"guided {nats}", guided))
-    for n in [int(n) for n in args.best_of.split(",") if n]:
-        many = args.samples * n * len(tests)
-        drawn, scores, texts = roll_out(model, encoder, reward, tests, many, args.tokens, args.test_seed,
-                                        record=True, progress=sample.progress(f"best of {n}"), batch=args.batch)
-        last = guide(drawn.hidden[torch.arange(many), drawn.mask.sum(1) - 1])      # V before the last token
-        for label, judged in (("reward", scores), ("V", last)):
-            best = judged.view(n, -1).argmax(0) * (many // n) + torch.arange(many // n)
-            chosen = Rollout(*(field[best] for field in vars(drawn).values()))
-            checked = f"  {sum(check([texts[i] for i in best])) / len(best):7.3f}" if check else ""
-            report(f"best {n} {label}", math.nan, chosen, scores[best], checked, best_of_kl(judged, n))
-    if toy:
+            control.step_size = step_for_kl(model, control, first, nats)
+            table.row(f"{method} {nats:g}", control.step_size, control=control)
+            if method == args.guide and nats == float(budgets[0]):
+                guide = control
+            if args.rounds > 1 and ("gain" in settings[method] and settings[method]["gain"] or method == "draws"):
+                for i in range(1, args.rounds):
+                    texts = table.roll_out(prompts, args.rollouts, args.seed + 10_000 * i, record=True,
+                                           control=control)
+                    control = improve(model, control, *texts[:2], first, nats, settings[method], ball, args.seed)
+                table.row(f"{method} {nats:g}, {args.rounds} rounds", control.step_size, control=control)
+    own_kl(args, table, prompts, guide if args.guide in methods else None, list(map(float, budgets)))
+    if tuned:
+        table.row("tuned", gpt=tuned)
+        cost = json.loads(read_header(Path(args.tuned) / "model.safetensors")[1]["cost"])
+        costs["tuned"] = cost["seconds"], cost["parameters"]
+    print("\npreparation      seconds  parameters")
+    for label, (seconds, parameters) in costs.items():
+        print(f"{label:14}{seconds:10.1f}{parameters:12,}")
+    print(f"peak memory {peak_memory(model.wte.weight.device):.0f} MiB"
+          + (f"; of the tuning {cost['memory']:.0f} MiB" if tuned else ""))
+    if table.exact:
         print("\nR^2 of V against the exact value:  " + "   ".join(fits))
+    table.show_texts(f"{methods[0]} {float(budgets[len(budgets) // 2]):g}")
+    if args.json:
+        sample.write_json(args.json, {**vars(args), "preparation": costs},
+                          [asked[i % len(asked)] for i in range(args.samples * len(asked))],
+                          table.results, table.figures)
 
 
-def best_of_kl(scores, n):
-    """
-    KL of the best of n from one, nats a text: sum over the levels c of P_n(c) log(P_n(c) / P(c)).
-
-    P(c) is a level's share of the scores; without ties this is log n - (n - 1) / n.
-    """
-    levels, counts = scores.unique(return_counts=True)
-    if len(levels) > len(scores) / 2:                          # no ties to speak of
-        return math.log(n) - (n - 1) / n
-    below = F.pad(counts.double().cumsum(0) / len(scores), (1, 0))                 # P(score <= c), 0 first
-    p, p_n = below.diff(), (below ** n).diff()
-    return (p_n * (p_n / p).log()).sum().item()
+def own_kl(args, table, prompts, guide, budgets):
+    """The rows whose KL is not a dial, or not the control's: alone, and on top of the control `guide`."""
+    if args.candidates:
+        witness = Witness(guide.value, candidates=args.candidates)
+        pilot, *_ = table.roll_out(prompts, args.batch, args.seed, control=witness)
+        for nats in budgets:
+            guided = Guided(guide.value, witness.step_for_kl(pilot.mask, nats), args.candidates)
+            table.row(f"guided {nats:g}", guided.step_size, 1 + args.candidates, control=guided)
+    name = f"{args.guide} {budgets[0]:g}"
+    prefix = table.encoder.encode(args.prefix, allowed_special="all")
+    if prefix:
+        table.row("prefix", prefix=prefix)
+        if guide:
+            table.row(f"{name} + prefix", guide.step_size, prefix=prefix, control=guide)
+    for n in [int(n) for n in args.best_of.split(",") if n]:
+        for by, short in (("reward", "reward"), ("value", "V")):
+            table.row(f"best {n} {short}", best_of=n, by=by, control=replace(guide, step_size=0.0))
+        table.row(f"{name} + best {n} V", guide.step_size, best_of=n, by="value", control=guide)
 
 
 class Witness(Guided):
@@ -155,12 +229,6 @@ class Witness(Guided):
             log_q = (log_p + step_size * gains).log_softmax(-1)
             return (log_q.exp() * (log_q - log_p)).sum().item() / len(mask)
         return bisect(cost, nats)
-
-
-def line(label, step, f, gained):
-    shown = f"{gained[0]:+.3f} +- {gained[1]:.3f}" if gained else ""
-    return (f"{label:13}{step:6.2f}{f['kl_text']:7.3f}{f['reward']:8.3f}  {shown:18}{f['perplexity']:6.2f}  "
-            + "/".join(f"{f[f'distinct_{n}']:.3f}" for n in (1, 2, 3)))
 
 
 if __name__ == "__main__":

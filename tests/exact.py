@@ -1,9 +1,14 @@
 """
-The tiny model beside its language's exact solution (tests/toy/grammar.py).
+The best gain any method could have at each KL: exactly, for the tiny model's language, and from
+samples, for any model.
 
-The chain solved here has the model's *own* probabilities, averaged over the grammar's states on
-texts it has drawn: what the model got slightly wrong is then no error of V or of the control.
+    p*(text) ~ p(text) exp(reward(text) / beta)          no distribution earns more at the same KL
+
+`Exact` is a dynamic programme over the grammar (tests/toy/grammar.py), with the model's *own*
+probabilities, averaged over the grammar's states on texts it has drawn: what the model got slightly
+wrong is then no error of V or of the control. `Tilted` re-weights drawn texts by exp(reward / beta).
 """
+import math
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -18,7 +23,38 @@ BETAS = [40, 30, 20, 16, 12, 10, 8, 6, 5, 4, 3.5, 3, 2.5, 2, 1.75, 1.5, 1.25, 1.
 ENOUGH = 20      # visits before a state's average is trusted; rarer states keep the grammar's own
 
 
-class Exact:
+class Frontier:
+    """The largest gain at each KL: points (kl, gain), from (0, 0) up, on a concave curve."""
+    def __init__(self, points):
+        kl, gain = zip((0.0, 0.0), *sorted(points))
+        self.kl, self.gain = torch.tensor(kl, dtype=torch.float64), torch.tensor(gain, dtype=torch.float64)
+
+    def best(self, kl):
+        """The largest gain in reward at this KL, interpolated."""
+        i = int(torch.searchsorted(self.kl, kl).clamp(1, len(self.kl) - 1))
+        weight = (kl - self.kl[i - 1]) / (self.kl[i] - self.kl[i - 1])
+        return (self.gain[i - 1] + weight.clamp(max=1) * (self.gain[i] - self.gain[i - 1])).item()
+
+
+class Tilted(Frontier):
+    """
+    From uncontrolled texts' rewards (N,) and opening [label, ..]: one beta for all openings, gain and KL
+    their means. With few texts an opening the tail is missed and, at large KL, the optimum comes out low.
+    """
+    def __init__(self, rewards, openings):
+        rewards, openings, points = rewards.double().cpu(), torch.as_tensor(openings), []
+        for beta in [beta * rewards.std().item() for beta in BETAS]:
+            gains, kls = [], []
+            for opening in openings.unique():
+                r = rewards[openings == opening]
+                earned = ((r / beta).softmax(0) * r).sum()
+                gains.append(earned - r.mean())
+                kls.append(earned / beta - (r / beta).logsumexp(0) + math.log(len(r)))
+            points.append((torch.stack(kls).mean().item(), torch.stack(gains).mean().item()))
+        super().__init__(points)
+
+
+class Exact(Frontier):
     def __init__(self, model, encoder, prompts, rollout, n_tokens):
         """`rollout`: uncontrolled texts with states recorded, the prompts taken in turn."""
         self.spelling = [encoder.decode_single_token_bytes(i).decode(errors="replace")
@@ -39,9 +75,8 @@ class Exact:
         if any(start != self.start for start in starts):
             raise ValueError("the exact optimum is computed for prompts that end in one grammar state")
         self.value = self.chain.value(self.start, n_tokens)
-        points = sorted(self.chain.frontier(self.start, n_tokens, beta) for beta in BETAS)
-        self.kl = torch.tensor([0.0] + [kl for kl, _ in points], dtype=torch.float64)
-        self.gain = torch.tensor([0.0] + [reward - self.value for _, reward in points], dtype=torch.float64)
+        points = [self.chain.frontier(self.start, n_tokens, beta) for beta in BETAS]
+        super().__init__([(kl, reward - self.value) for kl, reward in points])
 
     def tabulate(self, model, rollout):
         """-> transitions(state) of the model: its next-token probabilities, averaged state by state."""
@@ -74,16 +109,6 @@ class Exact:
                               for state, t in zip(self.states, columns)])
         error = value(rollout.hidden[rows, columns]).cpu() - truth
         return 1 - (error.square().mean() / truth.var(correction=0)).item()
-
-    def best(self, kl):
-        """The largest gain in reward at this KL, interpolated on the frontier (which is concave)."""
-        i = int(torch.searchsorted(self.kl, kl).clamp(1, len(self.kl) - 1))
-        weight = (kl - self.kl[i - 1]) / (self.kl[i] - self.kl[i - 1])
-        return (self.gain[i - 1] + weight.clamp(max=1) * (self.gain[i] - self.gain[i - 1])).item()
-
-    def share(self, kl, gain, error):
-        best = self.best(kl)
-        return f"   {gain / best:.3f} +- {error / best:.3f}"
 
 
 def chunks(rows, size):

@@ -87,6 +87,19 @@ def test_every_method_trains_and_steers(method, here, capsys):
     assert {**settings, **given, "tokens": 8, "rollouts": 64, "seed": 0}.items() <= info.items()
 
 
+def test_rounds_of_policy_iteration_and_excitation(here, capsys):
+    sample.main([*SAMPLE, "--json", "one.json"])
+    for more in (["--rounds", "2"], ["--excitation", "0.2"]):
+        train_value.main([*TRAIN, *more, "--nats", "0.2"])
+        first, *later = re.findall(r"64 rollouts of 8 tokens: .*", capsys.readouterr().out)
+        kl = [float(re.search(r"KL ([\d.]+) nats", line)[1]) for line in (later or [first])]
+        assert 0.001 < kl[0] < 2                               # the last round was controlled, or excited
+        info = json.loads(model_module.read_header("out/value.safetensors")[1]["nanocontrol"])
+        assert info["nats"] == 0.2 and info[more[0][2:]] == float(more[1])
+        sample.main([*SAMPLE, "--json", "two.json"])
+        assert texts(written("two.json")) != texts(written("one.json"))
+
+
 def test_several_values_are_one_weighted_sum(here, capsys):
     (here / "rewards.py").write_text("def short(texts):\n    return [-len(text) / 50 for text in texts]\n")
     train_value.main([*TRAIN, "--reward", "rewards.py:short", "--out", "out/short.safetensors"])
@@ -111,15 +124,55 @@ def test_a_target_below_every_value_is_no_control(here, capsys):
 
 
 def test_guided_decoding(here, capsys):
-    sample.main([*SAMPLE, "--guided", "5", "--step-size", "0", "--json", "none.json"])
-    assert texts(written("none.json")) == texts(written("none.json"), "uncontrolled")
-    sample.main([*SAMPLE, "--guided", "5", "--step-size", "30", "--json", "guided.json"])
-    assert written("guided.json")["controlled"]["figures"]["kl_text"] > 0.01
+    sample.main([*SAMPLE, "--method", "guided", "--candidates", "5", "--step-size", "0", "--json", "none.json"])
+    assert texts(written("none.json"), "guided") == texts(written("none.json"), "uncontrolled")
+    sample.main([*SAMPLE, "--method", "guided", "--candidates", "5", "--step-size", "30", "--json", "guided.json"])
+    assert written("guided.json")["guided"]["figures"]["kl_text"] > 0.01
     assert "value-guided decoding: 5 candidates" in capsys.readouterr().out
 
 
-COLUMNS = (("reward", 3), ("error", 3), ("kl_token", 4), ("kl_text", 3), ("perplexity", 2),
-           ("before", 3), ("after", 3), ("distinct_1", 2), ("distinct_2", 2), ("distinct_3", 2))
+def test_a_prefix_is_seen_by_the_model_and_by_nothing_else(here, capsys):
+    how = ["--method", "base", "--prefix", "the cast was lovely . ", "--samples", "200", "--json", "run.json"]
+    sample.main([*SAMPLE, *how])
+    run = written("run.json")
+    assert "prefix: 'the cast was lovely . '" in capsys.readouterr().out
+    assert all(text.startswith(("the", "this")) and "the cast was lovely . the" not in text
+               for text in texts(run, "base"))
+    assert run["base"]["figures"]["reward"] > run["uncontrolled"]["figures"]["reward"] + 0.1    # moods persist
+    assert 0.005 < run["base"]["figures"]["kl_text"] < 2      # a mean of log-ratios, so not sure to be positive
+    sample.main([*SAMPLE, *how, "--temperature", "0.9"])
+    assert written("run.json")["base"]["figures"]["kl_text"] is None           # not known there
+
+
+@pytest.mark.parametrize("method", ["base", "control", "guided"])
+@pytest.mark.parametrize("by", ["reward", "value"])
+def test_best_of_n_keeps_the_best(method, by, here, capsys):
+    how = ["--method", method, "--candidates", "5", "--samples", "40", "--only", "--by", by, "--json", "run.json"]
+    label = "controlled" if method == "control" else method
+    runs = {}
+    for n in (1, 4):
+        sample.main([*SAMPLE, *how, "--best-of", str(n)])
+        runs[n] = written("run.json")[label]
+    assert "best of 4 by" in capsys.readouterr().out
+    assert len(runs[4]["texts"]) == len(runs[1]["texts"]) == 80
+    assert runs[4]["figures"]["reward"] > runs[1]["figures"]["reward"] + 0.2
+    gap = runs[4]["figures"]["kl_text"] - runs[1]["figures"]["kl_text"]
+    assert 0 < gap < math.log(4) - 3 / 4 + 0.3                # of the choice, and of what the choice shifts
+    if by == "reward":                                         # draws 40..: candidate j of text i is 80 j + i
+        assert all(a["reward"] <= b["reward"] for a, b in zip(runs[1]["texts"], runs[4]["texts"]))
+
+
+def test_the_base_model_needs_no_value_net(here):
+    (here / "out" / "value.safetensors").unlink()
+    sample.main([*SAMPLE, "--method", "base", "--reward", "sentiment", "--best-of", "2", "--json", "run.json"])
+    assert set(written("run.json")) == {"settings", "uncontrolled", "base"}
+    sample.main([*SAMPLE, "--method", "base", "--reward", "sentiment", "--json", "run.json"])
+    assert set(written("run.json")) == {"settings", "uncontrolled"}
+
+
+COLUMNS = (("reward", 3), ("error", 3), ("positive", 2), ("kl_token", 4), ("kl_text", 3), ("perplexity", 2),
+           ("before", 3), ("after", 3), ("diversity", 2), ("distinct_1", 2), ("distinct_2", 2),
+           ("distinct_3", 2))
 
 
 @pytest.mark.parametrize("temperature", ["1", "0"])
@@ -136,9 +189,9 @@ def test_json_holds_what_the_table_shows(temperature, here, capsys):
         for cell, (name, digits) in zip(cells, COLUMNS):
             shown = figures[name]
             assert cell == ("n/a" if shown is None else f"{shown:.{digits}f}"), name
-        assert [entry["prompt"] for entry in entries] == ["the"] * 5 + ["this"] * 5
+        assert [entry["prompt"] for entry in entries] == ["the", "this"] * 5
         assert all(entry["text"].startswith(entry["prompt"]) for entry in entries)
-        assert [entry["reward"] for entry in entries] == sentiment(texts(run, label))
+        assert [entry["reward"] for entry in entries] == pytest.approx(sentiment(texts(run, label)))
         assert figures["reward"] == pytest.approx(sum(e["reward"] for e in entries) / 10)
         if temperature == "1":
             assert figures["kl_text"] == pytest.approx(sum(e["kl"] for e in entries) / 10)
@@ -185,8 +238,8 @@ def test_prompts_of_text_files(here):
     (here / "some.txt").write_bytes("the plot\r\n\r\n  \nthis café\n".encode())
     assert sample.read_prompts("some.txt") == ["the plot", "this café"]
     sample.main([*SAMPLE, "--prompts", "some.txt", "--prompt", "the", "--json", "texts.json"])
-    assert [e["prompt"] for e in written()["controlled"]["texts"]][::2] == ["the", "the plot",
-                                                                           "this café"]
+    assert [e["prompt"] for e in written()["controlled"]["texts"]] == ["the", "the plot",
+                                                                          "this café"] * 2
 
 
 def test_prompts_of_dialogues(here):
@@ -263,6 +316,12 @@ REFUSED_BY_SAMPLE = {
     "max KL -1": (["--max-kl", "-1"], "--max-kl"),
     "sign 0": (["--sign", "0"], "--sign"),
     "no samples": (["--samples", "0"], "--samples"),
+    "method unknown": (["--method", "best"], "--method"),
+    "no candidates": (["--candidates", "0"], "--candidates"),
+    "best of none": (["--best-of", "0"], "--best-of"),
+    "judge unknown": (["--by", "taste"], "--by"),
+    "prefix beyond the context": (["--prefix", "the plot" * 40], "context of 64"),
+    "prefix not UTF-8": (["--prefix", "the \udcff plot"], "prompt"),
     "value absent": (["--value", "absent.safetensors"], "absent.safetensors"),
     "value cut off": (["--value", "short.safetensors"], "short.safetensors"),
     "value is the model": (["--value", f"{TOY}/model.safetensors"], "model.safetensors"),
@@ -274,6 +333,9 @@ REFUSED_BY_TRAIN_VALUE = {
     "lam -1": (["--lam", "-1"], "--lam"),
     "lam nan": (["--lam", "nan"], "--lam"),
     "rollouts 0": (["--rollouts", "0"], "--rollouts"),
+    "no rounds": (["--rounds", "0"], "--rounds"),
+    "nats 0": (["--nats", "0"], "--nats"),
+    "excitation nan": (["--excitation", "nan"], "--excitation"),
     "rate nan": (["--rate", "nan"], "--rate"),
     "rate infinite": (["--rate", "inf"], "--rate"),
     "rate at which V diverges": (["--rate", "1e5", "--epochs", "3"], "--rate"),
@@ -360,7 +422,7 @@ def interrupt(*_, **__):
 # "replace" is the last moment: the new file is whole, and not yet under its name.
 @pytest.mark.parametrize("where", ["generate", "train", "report", "replace"])
 def test_an_interrupt_leaves_the_old_value_net(where, here, monkeypatch, capsys):
-    owner = model_module.os if where == "replace" else train_value
+    owner = {"replace": model_module.os, "generate": sample}.get(where, train_value)
     monkeypatch.setattr(owner, where, interrupt)
     (here / "out/value.safetensors").write_bytes(b"the old one")
     with pytest.raises(SystemExit) as ended:

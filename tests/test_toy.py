@@ -3,19 +3,23 @@ import itertools
 import json
 import math
 import random
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+import ablate
 import compare
+import finetune
 import sample
 import tune
-from control import Controller, step_for_kl
-from exact import Exact
+from control import Controller, best_of_kl, step_for_kl
+from exact import Exact, Tilted
 from model import GPT
-from train_value import METHODS, roll_out, train
+from sample import roll_out
+from train_value import METHODS, train
 from value import load_tokenizer, sentiment
 
 TOY = Path(__file__).parent / "toy"
@@ -133,11 +137,11 @@ def test_control_against_the_exact_optimum(toy, nets, nats, least):
 
 def test_kl_of_the_best_of_n():
     even = torch.tensor([0.0, 1.0] * 50)                       # best of 2: 0 with 1/4, 1 with 3/4
-    assert compare.best_of_kl(even, 2) == pytest.approx(0.25 * math.log(0.5) + 0.75 * math.log(1.5))
-    assert compare.best_of_kl(torch.zeros(100), 8) == pytest.approx(0)         # nothing to choose between
-    assert compare.best_of_kl(torch.arange(100.0), 8) == pytest.approx(math.log(8) - 7 / 8)
+    assert best_of_kl(even, 2) == pytest.approx(0.25 * math.log(0.5) + 0.75 * math.log(1.5))
+    assert best_of_kl(torch.zeros(100), 8) == pytest.approx(0)         # nothing to choose between
+    assert best_of_kl(torch.arange(100.0), 8) == pytest.approx(math.log(8) - 7 / 8)
     fine = torch.arange(40_000).div(4, rounding_mode="floor").float()          # four of each: ties, but fine
-    assert compare.best_of_kl(fine, 8) == pytest.approx(math.log(8) - 7 / 8, abs=1e-3)
+    assert best_of_kl(fine, 8) == pytest.approx(math.log(8) - 7 / 8, abs=1e-3)
 
 
 def test_settings_are_tuned_and_every_method_is_compared(tmp_path, capsys):
@@ -150,14 +154,54 @@ def test_settings_are_tuned_and_every_method_is_compared(tmp_path, capsys):
     scores = [float(line.split()[1]) for line in out.splitlines() if line.startswith("draws") and "+-" in line]
     assert len(scores) == len(tune.RIDGE) and f"draws {max(scores):7.3f} is the best of {len(scores)}" in out
     compare.main([*few, "--samples", "60", "--kl", "0.1,0.2", "--candidates", "5", "--best-of", "3",
-                  "--check", "sentiment", "--settings", str(tmp_path / "t.json")])
+                  "--check", "sentiment", "--settings", str(tmp_path / "t.json"), "--prefix", "this music . ",
+                  "--rounds", "2", "--json", str(tmp_path / "c.json")])
+    out, whole = capsys.readouterr().out, json.loads((tmp_path / "c.json").read_text())
+    labels = {f"{method} {nats}" for method in (*METHODS, "guided") for nats in (0.1, 0.2)}
+    labels |= {f"{method} {nats}, 2 rounds" for method in ("q", "draws") for nats in (0.1, 0.2)}
+    labels |= {"uncontrolled", "prefix", "q 0.1 + prefix", "best 3 reward", "best 3 V", "q 0.1 + best 3 V"}
+    assert set(whole) == {"settings", *labels}
+    for label in labels:
+        row, = [line for line in out.splitlines() if line.startswith(f"{label:20}")]
+        f, texts = whole[label]["figures"], whole[label]["texts"]
+        assert f"{f['kl_text']:7.3f}{f['kl_token']:8.4f}{f['reward']:8.3f}" in row
+        assert f["reward"] == pytest.approx(sum(sentiment([text["text"] for text in texts])) / 120, abs=1e-6)
+        assert f["check"] == pytest.approx(f["reward"], abs=1e-6) and len(texts) == 120
+        if label != "uncontrolled" and "prefix" not in label:
+            assert 0.02 < f["kl_text"] < 1
+        assert f["forwards"] == (6 if "guided" in label else 3 if "best" in label else 1)
+    assert "least likely of the best twentieth" in out and "peak memory" in out
+
+
+def test_the_optimum_from_samples_is_the_exact_one(toy):
+    """Texts re-weighted by exp(reward / beta) against dynamic programming over the grammar."""
+    model, encoder, prompts, _, _, others = toy
+    exact = Exact(model, encoder, prompts, others, TOKENS)
+    rewards = torch.tensor(sentiment(sample.decode(encoder, [prompts[i % 2] for i in range(4000)], others, 286)))
+    tilted = Tilted(rewards, [i % 2 for i in range(4000)])
+    for kl in (0.05, 0.1, 0.3, 0.5):
+        assert tilted.best(kl) == pytest.approx(exact.best(kl), rel=0.03)
+
+
+def test_fine_tuning_raises_the_reward_at_the_kl_it_reports(tmp_path, capsys):
+    """DPO on the tiny model, written as a GPT-2 and compared; pairs are of one opening."""
+    rewards = torch.tensor([0.0, 1.0, 1.0, 1.0, 0.5, 1.0])                         # two openings in turn
+    pairs = finetune.make_pairs(rewards, 2)
+    assert all(rewards[a] > rewards[b] and a % 2 == b % 2 for a, b in pairs.tolist()) and len(pairs) == 1
+    folder = str(tmp_path / "tuned")
+    few = ["--model", str(TOY), "--tokens", "12", "--rollouts", "600", "--device", "cpu"]
+    finetune.main([*few, "--rate", "1e-3", "--out", folder])
+    compare.main([*few, "--samples", "200", "--kl", "0.1", "--methods", "draws", "--tuned", folder, "--json",
+                  str(tmp_path / "c.json")])
+    f = json.loads((tmp_path / "c.json").read_text())["tuned"]["figures"]
+    assert f["gain"] > 5 * f["gain_error"] and 0.01 < f["kl_text"] < 3 and f["share"] < 1.1
+    assert "122,560" in capsys.readouterr().out
+
+
+def test_the_ablation_runs(capsys):
+    ablate.main(["--model", str(TOY), "--tokens", "8", "--rollouts", "200", "--samples", "20", "--kl", "0.1",
+                 "--device", "cpu"])
     out = capsys.readouterr().out
-    assert out.count("best 3 reward ") == out.count("best 3 V ") == 1
-    rows = [line.split() for line in out.splitlines()]
-    rows = {label: [row for row in rows if row and row[0] == label]
-            for label in ("uncontrolled", "guided", *METHODS)}
-    assert len(rows.pop("uncontrolled")) == 1
-    for label, found in rows.items():
-        assert len(found) == 2, label
-        for row in found:                                      # reward, and the check that is the same reward
-            assert float(row[3]) == pytest.approx(float(row[-4]), abs=2e-3) and 0.02 < float(row[2]) < 0.6
+    for label in (*dict(ablate.TRAINED), *dict(ablate.ASCENDED), "form A, weight 1", "50 rollouts",
+                  "excitation 0.1"):
+        assert re.search(rf"^{re.escape(label)} .*V's fit -?\d", out, re.M), label

@@ -22,7 +22,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import sample                                                                         # noqa: E402
 from control import Controller, step_for_kl                                           # noqa: E402
-from train_value import METHODS, roll_out, train                                      # noqa: E402
+from sample import roll_out                                                           # noqa: E402
+from train_value import METHODS, train                                                # noqa: E402
 from value import load_reward, write_whole                                            # noqa: E402
 
 NET = {"epochs": [1, 2, 3, 5, 8], "rate": [3e-4, 1e-3, 3e-3, 1e-2, 3e-2], "decay": [0.0, 0.3, 1.0, 3.0],
