@@ -1,18 +1,19 @@
 """
 The control: before each draw, move the state uphill on V, inside a ball; and the loop it closes.
 
-    u_t = argmax V(h_t + u)   subject to   ||u / std||_2 <= radius * sqrt(n_embd)        (ascend)
+    u_t = argmax A(h_t + u)   subject to   ||u / std||_2 <= radius * sqrt(n_embd)        (ascend)
     y_t ~ softmax(W (h_t + s u_t)),  s <= 1 the largest with KL(p_su || p_0) <= max_kl   (kl_ball)
 
-approached by projected gradient ascent from u = 0. The default is one step: inside the ball u is then
-not the argmax but the KL-regularised optimum for the Q of value.py, which is linear in u. Source:
+approached by projected gradient ascent from u = 0; A is V itself or its `lift` (value.py). The default
+is one step: inside the ball u is then not the argmax but the KL-regularised optimum for the Q of value.py,
+which is linear in u. Source:
 Kong et al. 2024, "Aligning Large Language Models with Representation Editing: A Control Perspective"
 (arXiv 2406.05954), its control at test time.
 
     h, x    hidden, and (h - mean) / std: the coordinates of the ascent, those V was trained in
     u       the control signal, in the coordinates of h, as it is added before the head
     radius  1 is the typical distance of a state from the mean state
-    beta    gain / step_size: one step is the KL-regularised optimum for Q(h, y) (see value.py)
+    beta    1 / step_size: one step is the KL-regularised optimum for Q(h, y) (see value.py)
 
 Deviations from the paper, on purpose:
     1. The gradient is closed form (V has one hidden layer), without autograd.
@@ -42,29 +43,31 @@ from value import ValueNet
 
 def ascend(value, hidden, steps, step_size, radius, target=math.inf):
     """
-    hidden (B, n_embd) -> u (B, n_embd), float32: `steps` steps of projected gradient ascent on V.
+    hidden (B, n_embd) -> u (B, n_embd), float32: `steps` steps of projected gradient ascent.
 
-    Plain gradient steps: where V is flatter than elsewhere, u is smaller and less KL is spent. A
-    negative step_size descends. Where V has reached `target` the climb, or descent, ends. With
-    z = W1 x + b1, G = W1 W1^T and u = std * (W1^T A), A (B, width):
+    Plain gradient steps: where A is flatter than elsewhere, u is smaller and less KL is spent. A negative
+    step_size descends. Where V(h) + A(h + u) - A(h) has reached `target` the climb, or descent, ends. With
+    A's own z = W1 x + b1, G = W1 W1^T and u = std * (W1^T c), c (B, width):
 
-        a = w2 * phi'(z + dz)      dV/dx = W1^T a
-        A += step_size * a         dz = G A,   ||u / std||^2 = A . dz
+        a = w2 * phi'(z + dz)      dA/dx = W1^T a
+        c += step_size * a         dz = G c,   ||u / std||^2 = c . dz
     """
-    z = value.preactivation(hidden)                            # (B, n_embd) -> (B, width)
-    G = value.w1 @ value.w1.T                                  # (width, width)
+    climbed = value.climbed
+    z = climbed.preactivation(hidden)                          # (B, n_embd) -> (B, width)
+    G = climbed.w1 @ climbed.w1.T                              # (width, width)
+    left = target - value(hidden) + climbed.read(z) if target < math.inf else None               # (B,)
     ball = radius * math.sqrt(hidden.size(-1))
-    A, dz = torch.zeros_like(z), torch.zeros_like(z)
+    c, dz = torch.zeros_like(z), torch.zeros_like(z)
     for _ in range(steps):
-        a = value.slope(z + dz)
+        a = climbed.slope(z + dz)
         if target < math.inf:
-            a = a * ((target - value.read(z + dz)) * step_size > 0)[:, None]
-        A = A + step_size * a
+            a = a * ((left - climbed.read(z + dz)) * step_size > 0)[:, None]
+        c = c + step_size * a
         dz = dz + step_size * (a @ G)
-        norm = (A * dz).sum(-1, keepdim=True).clamp(min=0).sqrt()
+        norm = (c * dz).sum(-1, keepdim=True).clamp(min=0).sqrt()
         shrink = (ball / norm.clamp(min=1e-30)).clamp(max=1)   # 1 inside the ball
-        A, dz = A * shrink, dz * shrink
-    return value.std * (A @ value.w1)                          # (B, width) -> (B, n_embd)
+        c, dz = c * shrink, dz * shrink
+    return value.std * (c @ climbed.w1)                         # (B, width) -> (B, n_embd)
 
 
 def kl_divergence(log_p, log_q):
@@ -144,7 +147,7 @@ class Rollout:
     logp: torch.Tensor            # log p(y_t) under the uncontrolled model at temperature 1, nats
     logq: torch.Tensor            # log p_u(y_t), that of the draw: controlled, at the decoding's temperature
     before: torch.Tensor          # V(h_t)
-    after: torch.Tensor           # V(h_t + u_t), u_t as kl_ball has scaled it
+    after: torch.Tensor           # V(h_t) + A(h_t + u_t) - A(h_t), u_t as kl_ball has scaled it
     hidden: torch.Tensor          # h_t, or h_t + u_t where u_t is an excitation; empty unless recorded
     psi: torch.Tensor             # W[y_t] - E[W] under p_u; empty unless recorded
 
@@ -184,7 +187,7 @@ class Sampler:
                    logq=probs.gather(1, token[:, None])[:, 0].log())
         if self.control is not None:
             self.write(t, kl=tilt_kl(kept, delta, probs), before=self.control.value(h),
-                       after=self.control.value(h + u))
+                       after=self.control.value.controlled(h, u))
         if self.record:
             mean = probs @ model.wte.weight.float()                      # (B, n_vocab) -> (B, n_embd)
             excited = getattr(self.control, "excitation", 0) > 0

@@ -310,7 +310,7 @@ def parse_args(argv):
     add("--best-of", type=count, default=1, metavar="N", help="draw N texts for each one kept: the best")
     add("--by", choices=("reward", "value"), default="reward", help="what is best: value is V at the last token")
     add("--steps", type=count, default=1, help="of gradient ascent on V, a token")
-    add("--step-size", type=number(float, 0, 1e6), help="of all steps together, in gain / beta (default: "
+    add("--step-size", type=number(float, 0, 1e6), help="of all steps together, 1 / beta (default: "
                                                         "saved with V, see NATS in train_value.py)")
     add("--radius", type=number(float, 0, math.inf), help="of the ball around the state; 1: the typical "
                                                           "distance from the mean (default: saved with V)")

@@ -6,7 +6,7 @@ Train a value function on the hidden states of a frozen GPT-2: rollouts -> rewar
 
     1. roll out the model on the prompts, at temperature 1, recording states and psi
     2. score the finished texts with the reward
-    3. fit V and its gradient (see value.py) by TD(lambda) on the recorded states
+    3. fit V and A, whose gradient steers (see value.py), by TD(lambda) on the recorded states
     4. --rounds above 1: roll out under the control so far and fit again, soft policy iteration
     5. report on held-out rollouts, save, and show a few steered texts beside plain ones
 
@@ -31,8 +31,8 @@ from value import ValueNet, bellman_targets, fingerprint, load_reward, value_los
 # together, of as many tries each (tests/tune.py). One-step targets (lam 0) carry the reward back one
 # token at a time: compare --lam 0 and 1 at --epochs 1.
 METHODS = {
-    # V and its gradient
-    "q": dict(lam=0.95, gain=10.0, standardised=True, epochs=5, rate=0.03, decay=1.0, width=64),
+    # V, and A trained on the draws
+    "q": dict(lam=1.0, gain=1.0, lift=True, standardised=True, epochs=2, rate=0.01, decay=1.0, width=64),
     # values alone
     "plain": dict(lam=0.8, gain=0.0, standardised=True, epochs=2, rate=0.03, decay=3.0, width=256),
     # values alone, one-step targets, raw states, no ball
@@ -58,8 +58,7 @@ def fit_line(rollout, rewards, on, ridge, costs=None):
     """
     states = rollout.hidden[rollout.mask]                      # (states, n_embd)
     value = ValueNet(states.size(1), 1).to(states.device)
-    value.mean.copy_(states.mean(0))
-    value.std.copy_(states.std(0).clamp(min=1e-6))
+    value.standardise(states)
     features = (states - value.mean) / value.std if on == "states" else rollout.psi[rollout.mask] * value.std
     returns = bellman_targets(torch.zeros_like(rollout.kl), rewards - rewards.mean(), rollout.mask, 1.0, costs)
     outcome = returns[rollout.mask]
@@ -72,21 +71,20 @@ def fit_line(rollout, rewards, on, ridge, costs=None):
     return value.requires_grad_(False)
 
 
-def fit_net(rollout, rewards, lam, gain, standardised, epochs, rate, decay, width, batch=64, seed=0,
-          log=None, costs=None):
+def fit_net(rollout, rewards, lam, gain, standardised, epochs, rate, decay, width, lift=False, batch=64,
+            seed=0, log=None, costs=None):
     """
-    V and, where gain > 0, its gradient, by TD(lambda) and AdamW on batches of whole texts.
+    V and, where gain > 0, the gradient that is climbed, by TD(lambda) and AdamW on batches of whole texts.
 
     `rate` is the peak learning rate, falling to 0 along a cosine; `decay` the decoupled weight decay. b2
     starts at the mean reward, the best constant. `log(epoch, loss)` is called after each epoch.
     """
     torch.manual_seed(seed)
     states = rollout.hidden[rollout.mask]                      # (states, n_embd)
-    value = ValueNet(states.size(1), width).to(states.device)
+    value = ValueNet(states.size(1), width, lift).to(states.device)
     value.b2.data.fill_(rewards.mean())
     if standardised:
-        value.mean.copy_(states.mean(0))
-        value.std.copy_(states.std(0).clamp(min=1e-6))
+        value.standardise(states)
     del states
     optimizer = torch.optim.AdamW(value.parameters(), lr=rate, weight_decay=decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * math.ceil(len(rewards) / batch))
@@ -168,14 +166,14 @@ def parse_args(argv):
     add("--out", default="out/value.safetensors", metavar="FILE", help="where V is saved")
     add("--reward", default="sentiment", metavar="NAME", help="sentiment, path/to/file.py:function, or a GPT-2 "
                                                               "classifier: a directory or a name of the hub")
-    add("--method", choices=METHODS, default="q", help="q: V and its gradient; plain: values alone; paper: "
-        "values alone, one-step targets, raw states, no ball; static, draws: one direction for all states, by "
+    add("--method", choices=METHODS, default="q", help="q: V, and the gradient trained on the draws; plain: values "
+        "alone; paper: values alone, one-step targets, raw states, no ball; static, draws: one direction for all states, by "
         "least squares of the reward on the states or the draws")
     own = parser.add_argument_group("settings of training", "default: the method's own").add_argument
     own("--lam", type=number(float, 0, 1), default=argparse.SUPPRESS,
         help="lambda of TD(lambda): 0 moves the reward back one token a pass, 1 is Monte Carlo")
     own("--gain", type=number(float, 0, 1e3), default=argparse.SUPPRESS,
-        help="weight of the gradient in Q; 0: values alone")
+        help="weight of the draws in Q; 0: values alone")
     own("--epochs", type=count, default=argparse.SUPPRESS, help="passes over the rollouts")
     own("--rate", type=number(float, 0, 10), default=argparse.SUPPRESS, help="peak learning rate")
     own("--decay", type=number(float, 0, 100), default=argparse.SUPPRESS, help="weight decay, decoupled")

@@ -11,23 +11,22 @@ Perspective" (arXiv 2406.05954), its value function.
     values  V(h_t)                                                            (B, T)
     mask    True where t < L, the text's own length in tokens                 (B, T)
     psi     W[y_t] - E_p[W], p the distribution y_t was drawn from; E[psi]=0  (B, T, n_embd)
-    x       (h - mean) / std; then u = std * u_x, dV/dx = std * dV/dh and psi_x = std * psi
+    x       (h - mean) / std; then u = std * u_x, dA/dx = std * dA/dh and psi_x = std * psi
 
 The half of the equation the paper leaves out. Control acts only on the draw, p_u(y) ~ exp(w_y.(h+u)),
 so all it can change is which token comes next. Values alone leave dV/dh free in every direction the
-data does not span, and ascent goes exactly there. So V's gradient is trained too, through
+data does not span, and ascent goes exactly there. So what is climbed is trained on the draws, as A in
 
-    Q(h, y) = V(h) + gain * dV/dx . psi_x
+    Q(h, y) = V(h) + dA/dx . psi_x
 
 the value of drawing y: one Bellman equation for states and tokens, Q(h_t, y_t) = V(h_{t+1}), which
 averaged over y_t is the one above, as E[psi] = 0. Its KL-optimal policy, p(y) exp(Q(h, y) / beta), is
-exactly softmax(W (h + u)) with u_x = gain / beta * dV/dx: one gradient step. The same dV/dx has to fit
-how V changes along texts, where x moves far, and how the draw changes it, where psi_x is short; a gain
-above 1 lets a small dV/dx explain the draws. That this is why it helps is a conjecture; that it helps
-was measured. gain 0 is values alone.
+exactly softmax(W (h + u)) with u_x = dA/dx / beta: one gradient step. A is a net like V, its `lift`: the
+value of a controlled state is V(h) + A(h + u) - A(h). The paper has A = V: it reads V(h + u) as if
+control led to the state h + u, but no text leads there. Fitted by one net, both suffer (tests/ablate.py).
 
-Deviations from the paper: TD(lambda) instead of one step; Q instead of V in the loss; standardised
-states. `train_value.py --method paper` switches all three off, and the ball of control.py.
+Deviations from the paper: TD(lambda) instead of one step; Q instead of V in the loss, and A beside V;
+standardised states. `train_value.py --method paper` switches all off, and the ball of control.py.
 But: V reads one state, not the text; what the state does not hold, V cannot know.
 """
 import hashlib
@@ -50,7 +49,7 @@ from model import (DTYPES, GPT, PUBLIC, InputError, find, read_config, read_head
 class ValueNet(nn.Module):
     """V(h) = w2 . phi(W1 x + b1) + b2, x = (h - mean) / std, phi = tanh. Always float32."""
 
-    def __init__(self, n_embd, width):
+    def __init__(self, n_embd, width, lift=False):
         super().__init__()
         self.w1 = nn.Parameter(torch.randn(width, n_embd) / math.sqrt(n_embd))
         self.b1 = nn.Parameter(torch.zeros(width))
@@ -58,7 +57,13 @@ class ValueNet(nn.Module):
         self.b2 = nn.Parameter(torch.zeros(()))
         self.register_buffer("mean", torch.zeros(n_embd))      # of the training states
         self.register_buffer("std", torch.ones(n_embd))
+        self.lift = ValueNet(n_embd, width) if lift else None  # A; without one V itself is climbed
         self.info = {}                                         # what it was trained on, saved along
+
+    @property
+    def climbed(self):
+        """The net whose gradient the control follows."""
+        return self.lift or self
 
     def preactivation(self, hidden):
         """hidden (..., n_embd) -> z = W1 x + b1 (..., width)"""
@@ -81,11 +86,20 @@ class ValueNet(nn.Module):
         return self.slope(self.preactivation(hidden)) @ self.w1
 
     def q_values(self, hidden, psi, gain=1.0):
-        """hidden, psi (..., n_embd) -> V(h), Q(h, y) = V(h) + gain * dV/dx . psi_x, each (...)"""
-        z = self.preactivation(hidden)
-        value = self.read(z)
-        advantage = (self.slope(z) * ((self.std * psi) @ self.w1.T)).sum(-1)      # (..., width) -> (...)
-        return value, value + gain * advantage
+        """hidden, psi (..., n_embd) -> V(h), Q(h, y) = V(h) + gain * dA/dx . psi_x, each (...)"""
+        value, climbed = self(hidden), self.climbed
+        slope = climbed.slope(climbed.preactivation(hidden))
+        return value, value + gain * (slope * ((self.std * psi) @ climbed.w1.T)).sum(-1)
+
+    def controlled(self, hidden, u):
+        """hidden, u (..., n_embd) -> V(h) + A(h + u) - A(h) (...), which is V(h + u) where V is climbed."""
+        return self(hidden + u) if self.lift is None else self(hidden) + self.lift(hidden + u) - self.lift(hidden)
+
+    def standardise(self, states):
+        """Take x from the mean and the standard deviation of states (N, n_embd)."""
+        for net in (self, self.climbed):
+            net.mean.copy_(states.mean(0))
+            net.std.copy_(states.std(0).clamp(min=1e-6))
 
     @classmethod
     def sum(cls, values, weights):
@@ -98,11 +112,13 @@ class ValueNet(nn.Module):
                                    for value in values])
         total.w2.data = torch.cat([value.w2 * weight for value, weight in zip(values, weights)])
         total.b2.data = sum(value.b2 * weight for value, weight in zip(values, weights))
+        if any(value.lift for value in values):
+            total.lift = cls.sum([value.climbed for value in values], weights)
         return total.requires_grad_(False)
 
     def save(self, path, **info):
         """Write a .safetensors that carries its configuration; whole or not at all."""
-        info = {"n_embd": self.w1.size(1), "width": self.w1.size(0), **self.info, **info}
+        info = {"n_embd": self.w1.size(1), "width": self.w1.size(0), "lift": bool(self.lift), **self.info, **info}
         metadata = {"nanocontrol": json.dumps(info)}
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -115,7 +131,7 @@ class ValueNet(nn.Module):
         """The net saved at `path`, refused unless it was trained on the states of `model`."""
         try:
             info = json.loads(read_header(path)[1]["nanocontrol"])
-            value = cls(info["n_embd"], info["width"])
+            value = cls(info["n_embd"], info["width"], info["lift"])
             value.load_state_dict(dict(read_safetensors(path)))
         except FileNotFoundError:
             raise InputError(f"{path}: no such value net; train one with train_value.py") from None
@@ -140,6 +156,7 @@ def bellman_targets(values, rewards, mask, lam, costs=None):
     TD(lambda) targets (B, T) for values, mask, costs (B, T) and rewards (B,); no gradient flows through.
 
         target_{L-1} = reward          target_t = (1 - lam) V(h_{t+1}) + lam target_{t+1}
+
     A cost, such as beta * KL of the control at h_t, is paid on reaching h_t: for V(h_{t-1}), not for V(h_t).
 
     With rewards [1.], values [[.1, .2, .4]] and all three states real:

@@ -157,7 +157,7 @@ def test_best_of_n_keeps_the_best(method, by, here, capsys):
     assert len(runs[4]["texts"]) == len(runs[1]["texts"]) == 80
     assert runs[4]["figures"]["reward"] > runs[1]["figures"]["reward"] + 0.2
     gap = runs[4]["figures"]["kl_text"] - runs[1]["figures"]["kl_text"]
-    assert 0 < gap < math.log(4) - 3 / 4 + 0.3                # of the choice, and of what the choice shifts
+    assert 0 < gap < math.log(4) - 3 / 4 + 0.6                # of the choice, and of what the choice shifts
     if by == "reward":                                         # draws 40..: candidate j of text i is 80 j + i
         assert all(a["reward"] <= b["reward"] for a, b in zip(runs[1]["texts"], runs[4]["texts"]))
 

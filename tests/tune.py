@@ -29,7 +29,7 @@ from value import load_reward, write_whole                                      
 NET = {"epochs": [1, 2, 3, 5, 8], "rate": [3e-4, 1e-3, 3e-3, 1e-2, 3e-2], "decay": [0.0, 0.3, 1.0, 3.0],
           "width": [64, 128, 256]}
 LAM, RIDGE = [0.5, 0.8, 0.95, 1.0], [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0]
-OWN = {"q": {"lam": LAM, "gain": [1.0, 3.0, 10.0, 30.0]}, "plain": {"lam": LAM}, "paper": {}}
+OWN = {"q": {"lam": LAM}, "plain": {"lam": LAM}, "paper": {}}
 
 
 def draw_tries(method, tries):
