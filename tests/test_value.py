@@ -4,12 +4,14 @@ Bellman targets worked out by hand, rewards of short texts counted by eye, the g
 
     python -m pytest tests/test_value.py
 """
+import math
 import random
 
 import pytest
 import torch
 
 from conftest import ROOT
+from control import ascend
 from model import GPT
 from test_loading import refused
 from test_model import write_checkpoint
