@@ -52,9 +52,15 @@ def ascend(value, hidden, steps, step_size, radius, target=math.inf):
         a = w2 * phi'(z + dz)      dA/dx = W1^T a
         c += step_size * a         dz = G c,   ||u / std||^2 = c . dz
     """
+    w1 = value.climbed.w1
+    c = climb(value, hidden, w1 @ w1.T, steps, step_size, radius, target)
+    return c @ (value.std * w1)                                # (B, width) -> (B, n_embd)
+
+
+def climb(value, hidden, G, steps, step_size, radius, target=math.inf):
+    """The loop of `ascend`, with G (width, width) known -> c (B, width)."""
     climbed = value.climbed
     z = climbed.preactivation(hidden)                          # (B, n_embd) -> (B, width)
-    G = climbed.w1 @ climbed.w1.T                              # (width, width)
     left = target - value(hidden) + climbed.read(z) if target < math.inf else None               # (B,)
     ball = radius * math.sqrt(hidden.size(-1))
     c, dz = torch.zeros_like(z), torch.zeros_like(z)
@@ -67,7 +73,7 @@ def ascend(value, hidden, steps, step_size, radius, target=math.inf):
         norm = (c * dz).sum(-1, keepdim=True).clamp(min=0).sqrt()
         shrink = (ball / norm.clamp(min=1e-30)).clamp(max=1)   # 1 inside the ball
         c, dz = c * shrink, dz * shrink
-    return value.std * (c @ climbed.w1)                         # (B, width) -> (B, n_embd)
+    return c
 
 
 def kl_divergence(log_p, log_q):
@@ -75,9 +81,15 @@ def kl_divergence(log_p, log_q):
     return torch.where(log_p > -torch.inf, log_p.exp() * (log_p - log_q), 0.0).sum(-1)
 
 
-def tilt_kl(logits, delta, probs):
-    """KL(q || p) in nats, (B,), of q = softmax(logits + delta) = probs from p = softmax(logits)."""
-    return (probs * delta).sum(-1) - (logits + delta).logsumexp(-1) + logits.logsumexp(-1)
+def log_normaliser(logits, probs=None):
+    """
+    logits (B, n_vocab), their softmax if it is known -> log sum exp(logits) (B,).
+
+    torch's own logsumexp passes over the vocabulary five times, its softmax once; where the probability
+    is largest, logits - log(probs) is the normaliser and nothing underflows.
+    """
+    probs = logits.softmax(-1) if probs is None else probs
+    return logits.amax(-1) - probs.amax(-1).log()
 
 
 def kl_ball(logits, delta, max_kl, iterations=10):
@@ -120,6 +132,10 @@ class Controller:
     target: float = math.inf      # of V: where to stop climbing
     excitation: float = 0.0       # size of a random control on top, in x, up to so much a coordinate
 
+    def climb(self, hidden, G):
+        """hidden (B, n_embd) -> c (B, width), see `ascend`, with G = W1 W1^T known."""
+        return climb(self.value, hidden, G, self.steps, self.step_size, self.radius, self.target)
+
     def __call__(self, hidden):
         u = ascend(self.value, hidden, self.steps, self.step_size, self.radius, self.target)
         if self.excitation:
@@ -159,9 +175,15 @@ class Rollout:
 class Sampler:
     """A batch of texts of one shape; buffers and, on a GPU, the graph are made once and used again."""
 
-    def __init__(self, model, batch, size, n_tokens, decoding, control=None, record=False):
+    def __init__(self, model, batch, size, n_tokens, decoding, control=None, record=False, report=True):
         device, n_embd = model.wte.weight.device, model.config.n_embd
-        self.model, self.decoding, self.control, self.record = model, decoding, control, record
+        self.model, self.decoding, self.control = model, decoding, control
+        self.record, self.report, self.pushes = record, report, None
+        if isinstance(control, Controller) and not control.excitation:
+            w1 = control.value.climbed.w1
+            self.G, self.directions = w1 @ w1.T, control.value.std * w1           # u = c @ directions, so that
+            self.pushes = model.unembed(self.directions)                          # W u = c @ pushes: a product
+                                                                                  # of V's width, not n_embd
         self.cache = Cache(model, batch, size)
         self.hidden = torch.zeros(batch, n_embd, dtype=model.wte.weight.dtype, device=device)
         self.alive = torch.ones(batch, dtype=torch.bool, device=device)
@@ -183,13 +205,18 @@ class Sampler:
         greedy = self.decoding.temperature == 0
         token = probs.argmax(-1) if greedy else draw(probs, self.uniforms.index_select(1, t))
         token = torch.where(self.alive, token, model.config.eos_token_id)                            # (B,)
-        self.write(t, tokens=token, mask=self.alive, logp=log_prob(logits, token),
-                   logq=probs.gather(1, token[:, None])[:, 0].log())
-        if self.control is not None:
-            self.write(t, kl=tilt_kl(kept, delta, probs), before=self.control.value(h),
-                       after=self.control.value.controlled(h, u))
+        chosen = token[:, None]
+        self.write(t, tokens=token, mask=self.alive, logq=probs.gather(1, chosen)[:, 0].log())
+        if self.report:
+            log_z = log_normaliser(logits)
+            self.write(t, logp=logits.gather(1, chosen)[:, 0] - log_z)
+        if self.report and self.control is not None:
+            log_z = log_z if kept is logits else log_normaliser(kept)
+            kl = (probs * delta).sum(-1) - log_normaliser(controlled, probs) + log_z
+            self.write(t, kl=kl, before=self.control.value(h), after=self.control.value.controlled(h, u))
         if self.record:
-            mean = probs @ model.wte.weight.float()                      # (B, n_vocab) -> (B, n_embd)
+            W = model.wte.weight
+            mean = (probs.to(W.dtype) @ W).float()                       # (B, n_vocab) -> (B, n_embd)
             excited = getattr(self.control, "excitation", 0) > 0
             self.write(t, hidden=h.float() + u if excited else h.float(), psi=model.wte(token) - mean)
         self.alive.logical_and_(token != model.config.eos_token_id)
@@ -202,9 +229,14 @@ class Sampler:
             return None, None
         if isinstance(self.control, Guided):
             return 0.0, self.control(self.model, self.cache, h, kept)
-        u = self.control(h)
-        delta = self.model.unembed(u) / (self.decoding.temperature or 1.0)   # a product of its own:
-        if self.control.max_kl < math.inf:                                   # h + u would round u away
+        if self.pushes is None:
+            u = self.control(h)
+            delta = self.model.unembed(u)                                # a product of its own: h + u would
+        else:                                                            # round u away
+            c = self.control.climb(h, self.G)                            # (B, width)
+            u, delta = c @ self.directions, c @ self.pushes
+        delta = delta / (self.decoding.temperature or 1.0)
+        if self.control.max_kl < math.inf:
             scale = kl_ball(kept, delta, self.control.max_kl)[:, None]
             u, delta = scale * u, scale * delta
         return u, delta
@@ -222,8 +254,9 @@ class Sampler:
         device = self.hidden.device
         for buffer in (self.t, self.cache.lengths, *vars(self.out).values()):
             buffer.zero_()
-        for values in (self.out.before, self.out.after):
-            values.fill_(math.nan)                             # not read unless there is a control
+        unread = [] if self.report else [self.out.kl, self.out.logp]
+        for values in (self.out.before, self.out.after, *unread):
+            values.fill_(math.nan)                             # V is not read unless there is a control
         self.alive.fill_(True)
         self.uniforms.copy_(uniforms)
         self.cache.span = 0
@@ -274,18 +307,29 @@ def truncate(logits, decoding):
 
 def log_prob(logits, token):
     """logits (B, n_vocab), token (B,) -> log softmax(logits)[token] (B,), nats"""
-    return logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(-1)
+    return logits.log_softmax(-1).gather(1, token[:, None])[:, 0]
 
 
-def draw(probs, uniform):
+def draw(probs, uniform, block=256):
     """
     probs (B, n_vocab), uniform (B, 1) in [0, 1) -> tokens (B,), the inverse CDF at each uniform.
 
-    In float64 the CDF rises (summed in order; a parallel sum may dip by 1e-16), and its total times
-    a float32 uniform below 1 stays below the total: no token past the last probable one is drawn.
+    In two levels, since a CDF of the whole vocabulary costs more than all else after the head: first the
+    block of so many tokens, then the token in it. Both CDFs rise, summed in float64 and in order (a
+    parallel sum may dip by 1e-16). The uniform is below 1, and what is left of it inside the block is kept
+    below the block's total: never a token without probability, none past the last probable one.
     """
-    cdf = probs.cumsum(-1, dtype=torch.float64)
-    return torch.searchsorted(cdf, uniform.double() * cdf[:, -1:], right=True)[:, 0]
+    n_vocab, n = probs.size(1), probs.size(1) // block                            # n whole blocks, and the rest
+    sums = torch.cat([probs[:, :n * block].unflatten(1, (n, block)).sum(-1),
+                      probs[:, n * block:].sum(-1, keepdim=True)], 1)             # (B, n + 1)
+    cdf = F.pad(sums, (1, 0)).cumsum(-1, dtype=torch.float64)                     # (B, n + 2), 0 first
+    target = uniform.double() * cdf[:, -1:]
+    chosen = torch.searchsorted(cdf[:, 1:].contiguous(), target, right=True)      # (B, 1)
+    tokens = chosen * block + torch.arange(block, device=probs.device)            # (B, block)
+    inside = probs.gather(1, tokens.clamp(max=n_vocab - 1)) * (tokens < n_vocab)
+    inside = inside.cumsum(-1, dtype=torch.float64)
+    rest = torch.minimum(target - cdf.gather(1, chosen), inside[:, -1:] * (1 - 2.0 ** -40))
+    return (chosen * block + torch.searchsorted(inside, rest, right=True))[:, 0]
 
 
 def uniform_table(samples, n_tokens, seed):
@@ -294,12 +338,13 @@ def uniform_table(samples, n_tokens, seed):
 
 
 @torch.no_grad()
-def generate(model, prompts, uniforms, decoding=None, control=None, record=False, batch=256,
+def generate(model, prompts, uniforms, decoding=None, control=None, record=False, report=True, batch=256,
              watch=None, progress=None):
     """
     prompts [[token, ..], ..], one a sample, and uniforms (N, T) -> a Rollout of N texts.
 
-    `record` keeps states and psi for training. Done in batches of `batch` texts.
+    `record` keeps states and psi for training; `report` the figures kl, logp, before and after, which cost
+    about as much as the control: without it they are NaN. Done in batches of `batch` texts.
     """
     decoding, (samples, n_tokens) = decoding or Decoding(), uniforms.shape
     longest = max(map(len, prompts))
@@ -312,7 +357,7 @@ def generate(model, prompts, uniforms, decoding=None, control=None, record=False
         if sampler is None or len(sampler.alive) != rows.stop - rows.start:
             sampler = None                                     # its memory first
             sampler = Sampler(model, rows.stop - rows.start, longest + n_tokens, n_tokens, decoding,
-                              control, record)
+                              control, record, report)
         parts.append(sampler.run(prompts[rows], uniforms[rows], watch))
         if progress:
             progress(rows.stop, samples)

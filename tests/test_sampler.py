@@ -11,12 +11,12 @@ import torch
 from torch.distributions import Categorical, kl_divergence as reference_kl
 
 from conftest import ROOT
-from control import (Controller, Decoding, Guided, draw, generate, kl_ball, step_for_kl, truncate,
+from control import (Controller, Decoding, Guided, Sampler, draw, generate, kl_ball, step_for_kl, truncate,
                      uniform_table)
 from model import GPT, InputError
 from sample import decode, distinct, encode_prompts, mean_error
 from test_value import random_net
-from value import load_tokenizer
+from value import ValueNet, load_tokenizer
 
 TOY = ROOT / "tests" / "toy"
 EOS = 286
@@ -87,6 +87,32 @@ def test_draw_by_hand(probs, uniform, token):
     assert draw(torch.tensor([probs]), torch.tensor([[uniform]])).tolist() == [token]
 
 
+@pytest.mark.parametrize("n_vocab", [1, 40, 255, 256, 257, 512, 5000])
+@pytest.mark.parametrize("kept", ["all", "top-k", "the ends", "one block", "spread over 1e-30"])
+def test_draw_equals_the_plain_inverse_cdf(n_vocab, kept):
+    """The CDF of the whole vocabulary in float64; float32 sums of the blocks may move its steps by 1e-6."""
+    torch.manual_seed(n_vocab)
+    logits = 3 * torch.randn(1, n_vocab)
+    if kept == "top-k":
+        logits = truncate(logits, Decoding(1.0, top_k=min(7, n_vocab)))
+    elif kept == "the ends":
+        logits[:, 1:-1] = -torch.inf
+    elif kept == "one block":
+        logits[:, :-300] = -torch.inf
+    elif kept == "spread over 1e-30":
+        logits *= 10
+    probs = logits.softmax(-1)
+    uniform = torch.cat([torch.rand(2000).sort().values, torch.tensor([0.0, TOP])])[:, None]
+    token = draw(probs.expand(len(uniform), n_vocab), uniform)
+    cdf = probs[0].double().cumsum(0)
+    target = uniform[:, 0].double() * cdf[-1]
+    assert (probs[0, token] > 0).all()
+    assert (cdf[token] >= target - 1e-6).all() and (cdf[token] - probs[0, token] <= target + 1e-6).all()
+    exact = torch.searchsorted(cdf, target, right=True)
+    assert (token == exact).float().mean() > 0.998
+    assert (token[:2000].diff() >= 0).all() and token[-2] == probs[0].nonzero()[0]
+
+
 def test_no_uniform_draws_a_token_without_probability():
     torch.manual_seed(0)
     logits = 3 * torch.randn(500, 1000)
@@ -122,6 +148,49 @@ def test_radius_0_is_plain_sampling_bit_by_bit(model, rows):
     for name in ("tokens", "mask", "logp", "kl", "hidden", "psi"):
         assert torch.equal(getattr(still, name), getattr(plain, name)), name
     assert texts(rolled(model, rows)) != texts(plain)         # at radius 1 it is not
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_what_is_not_reported_changes_no_text(model, rows, how):
+    whole, bare = rolled(model, rows, how, record=True), rolled(model, rows, how, record=True, report=False)
+    for name in ("tokens", "mask", "logq", "hidden", "psi"):
+        assert torch.equal(getattr(bare, name), getattr(whole, name)), name
+    for name in ("kl", "logp", "before", "after"):
+        assert getattr(bare, name).isnan().all(), name
+
+
+@pytest.mark.parametrize("net", ["plain", "lift", "sum", "excited"])
+@pytest.mark.parametrize("temperature, max_kl", [(1.0, math.inf), (0.7, 0.05)])
+def test_what_u_adds_to_the_logits(model, net, temperature, max_kl):
+    """delta is found without the head, in the span of V's input weights: against the definition W u / T."""
+    value, other = random_net(3, 64, 8).requires_grad_(False), random_net(4, 64, 5).requires_grad_(False)
+    if net in ("lift", "sum"):
+        value.lift = random_net(5, 64, 8).requires_grad_(False)
+        value.lift.mean, value.lift.std = value.mean, value.std
+    if net == "sum":
+        value = ValueNet.sum([value, other], [0.7, -0.2])
+    control = Controller(value, steps=3, step_size=3.0, radius=0.8, max_kl=max_kl,
+                         excitation=0.1 * (net == "excited"))
+    sampler = Sampler(model, 6, 8, 4, Decoding(temperature), control)
+    h = value.mean + 2 * value.std * torch.randn(6, 64)
+    kept = model.unembed(h) / temperature
+    torch.manual_seed(0)
+    u, delta = sampler.steer(h, kept)
+    torch.manual_seed(0)
+    expected = control(h) @ model.wte.weight.T / temperature
+    scale = kl_ball(kept, expected, max_kl)[:, None] if max_kl < math.inf else 1.0
+    assert torch.allclose(u, scale * control(h) if net != "excited" else u, atol=1e-5)
+    assert torch.allclose(delta, scale * expected, atol=1e-4) and delta.abs().max() > 0.1
+
+
+def test_psi_in_bfloat16(rows):
+    """One product in the model's dtype: psi to a percent, like the states themselves."""
+    model = GPT.from_pretrained(TOY, dtype=torch.bfloat16)
+    rollout, W = rolled(model, rows, "plain", record=True), model.wte.weight.double()
+    real = rollout.mask
+    probs = (rollout.hidden[real].to(torch.bfloat16) @ model.wte.weight.T).double().softmax(-1)
+    exact = W[rollout.tokens[real]] - probs @ W
+    assert (rollout.psi[real] - exact).norm() < 0.01 * exact.norm()
 
 
 @pytest.mark.parametrize("how", HOWS)
