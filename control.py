@@ -81,14 +81,11 @@ def kl_divergence(log_p, log_q):
     return torch.where(log_p > -torch.inf, log_p.exp() * (log_p - log_q), 0.0).sum(-1)
 
 
-def log_normaliser(logits, probs=None):
+def log_normaliser(logits, probs):
     """
-    logits (B, n_vocab), their softmax if it is known -> log sum exp(logits) (B,).
-
-    torch's own logsumexp passes over the vocabulary five times, its softmax once; where the probability
-    is largest, logits - log(probs) is the normaliser and nothing underflows.
+    logits, their softmax probs (B, n_vocab) -> log sum exp(logits) (B,), which is logits - log(probs) at
+    any token; at the likeliest nothing underflows. torch's softmax is one pass, its logsumexp five.
     """
-    probs = logits.softmax(-1) if probs is None else probs
     return logits.amax(-1) - probs.amax(-1).log()
 
 
@@ -185,6 +182,8 @@ class Sampler:
             self.pushes = model.unembed(self.directions)                          # W u = c @ pushes: a product
                                                                                   # of V's width, not n_embd
         self.cache = Cache(model, batch, size)
+        # Made once: on a CPU the page faults of a fresh (B, n_vocab) cost more than the passes over it.
+        self.logits, self.delta, self.moved, self.probs = torch.empty(4, batch, model.config.n_vocab, device=device)
         self.hidden = torch.zeros(batch, n_embd, dtype=model.wte.weight.dtype, device=device)
         self.alive = torch.ones(batch, dtype=torch.bool, device=device)
         self.t = torch.zeros(1, dtype=torch.long, device=device)
@@ -197,31 +196,37 @@ class Sampler:
     def step(self):
         """h_t -> u_t -> y_t -> h_{t+1} for every row, all on the device."""
         model, h, t = self.model, self.hidden, self.t
-        logits = model.unembed(h)                                        # (B, n_embd) -> (B, n_vocab)
+        logits = model.unembed(h, self.logits)                           # (B, n_embd) -> (B, n_vocab)
         kept = truncate(logits, self.decoding)
         u, delta = self.steer(h, kept)
-        controlled = kept if delta is None else kept + delta
-        probs = controlled.softmax(-1)
+        moved = kept if delta is None else torch.add(kept, delta, out=self.moved)
+        probs = torch.softmax(moved, -1, out=self.probs)
         greedy = self.decoding.temperature == 0
         token = probs.argmax(-1) if greedy else draw(probs, self.uniforms.index_select(1, t))
         token = torch.where(self.alive, token, model.config.eos_token_id)                            # (B,)
-        chosen = token[:, None]
-        self.write(t, tokens=token, mask=self.alive, logq=probs.gather(1, chosen)[:, 0].log())
-        if self.report:
-            log_z = log_normaliser(logits)
-            self.write(t, logp=logits.gather(1, chosen)[:, 0] - log_z)
-        if self.report and self.control is not None:
-            log_z = log_z if kept is logits else log_normaliser(kept)
-            kl = (probs * delta).sum(-1) - log_normaliser(controlled, probs) + log_z
-            self.write(t, kl=kl, before=self.control.value(h), after=self.control.value.controlled(h, u))
+        self.write(t, tokens=token, mask=self.alive, logq=probs.gather(1, token[:, None])[:, 0].log())
         if self.record:
             W = model.wte.weight
             mean = (probs.to(W.dtype) @ W).float()                       # (B, n_vocab) -> (B, n_embd)
             excited = getattr(self.control, "excitation", 0) > 0
             self.write(t, hidden=h.float() + u if excited else h.float(), psi=model.wte(token) - mean)
+        if self.report:
+            self.measure(h, u, token, logits, kept, delta, moved)
         self.alive.logical_and_(token != model.config.eos_token_id)
         self.hidden.copy_(model(token[:, None], self.cache)[:, 0])
         t.add_(1)
+
+    def measure(self, h, u, token, logits, kept, delta, moved):
+        """Write log p(y_t), KL = E_q[delta] - log E_p[exp(delta)] and the values; uses up probs and delta."""
+        if self.control is not None:
+            kl = torch.mul(self.probs, delta, out=delta).sum(-1) - log_normaliser(moved, self.probs)
+        log_z = log_normaliser(logits, torch.softmax(logits, -1, out=self.probs))
+        self.write(self.t, logp=logits.gather(1, token[:, None])[:, 0] - log_z)
+        if self.control is not None:
+            if kept is not logits:
+                log_z = log_normaliser(kept, torch.softmax(kept, -1, out=self.probs))
+            self.write(self.t, kl=kl + log_z, before=self.control.value(h),
+                       after=self.control.value.controlled(h, u))
 
     def steer(self, h, kept):
         """h (B, n_embd), kept logits (B, n_vocab) -> u (B, n_embd), what it adds to the logits; or None."""
@@ -231,14 +236,15 @@ class Sampler:
             return 0.0, self.control(self.model, self.cache, h, kept)
         if self.pushes is None:
             u = self.control(h)
-            delta = self.model.unembed(u)                                # a product of its own: h + u would
+            delta = self.model.unembed(u, self.delta)                    # a product of its own: h + u would
         else:                                                            # round u away
             c = self.control.climb(h, self.G)                            # (B, width)
-            u, delta = c @ self.directions, c @ self.pushes
-        delta = delta / (self.decoding.temperature or 1.0)
+            u, delta = c @ self.directions, torch.mm(c, self.pushes, out=self.delta)
+        if self.decoding.temperature not in (0, 1):
+            delta /= self.decoding.temperature
         if self.control.max_kl < math.inf:
             scale = kl_ball(kept, delta, self.control.max_kl)[:, None]
-            u, delta = scale * u, scale * delta
+            u, delta = scale * u, delta.mul_(scale)
         return u, delta
 
     def write(self, t, **columns):

@@ -126,9 +126,13 @@ class GPT(nn.Module):
             cache.lengths += tokens.size(1) if lengths is None else lengths
         return self.ln_f(x)
 
-    def unembed(self, hidden):
+    def unembed(self, hidden, out=None):
         """hidden (..., n_embd) -> logits (..., n_vocab) = W hidden: in W's dtype, handed on as float32."""
-        return F.linear(hidden.to(self.wte.weight.dtype), self.wte.weight).float()
+        W = self.wte.weight
+        if out is not None and W.dtype == torch.float32:
+            return torch.mm(hidden, W.T, out=out)
+        logits = F.linear(hidden.to(W.dtype), W)
+        return logits.float() if out is None else out.copy_(logits)
 
     @classmethod
     def from_pretrained(cls, name, device="cpu", dtype=torch.float32, extra=()):
