@@ -78,7 +78,7 @@ def climb(value, hidden, G, steps, step_size, radius, target=math.inf):
 
 def kl_divergence(log_p, log_q):
     """KL(p || q) in nats over the last axis; tokens without probability under p count nothing."""
-    return torch.where(log_p > -torch.inf, log_p.exp() * (log_p - log_q), 0.0).sum(-1)
+    return (log_p.exp() * (log_p - log_q)).masked_fill(log_p == -torch.inf, 0.0).sum(-1)
 
 
 def log_normaliser(logits, probs):
@@ -99,7 +99,7 @@ def kl_ball(logits, delta, max_kl, iterations=10):
     keeps it safe. It aims one percent low, so that the best s found lies inside the budget.
     """
     log_p = logits.log_softmax(-1)
-    delta = torch.where(log_p > -torch.inf, delta, 0.0)
+    delta = delta.masked_fill(log_p == -torch.inf, 0.0)
     p = log_p.exp()
     variance = (p * (delta - (p * delta).sum(-1, keepdim=True)) ** 2).sum(-1)
     s = (2 * max_kl / variance.clamp(min=1e-30)).sqrt().clamp(max=1)
@@ -170,7 +170,9 @@ class Rollout:
 
 
 class Sampler:
-    """A batch of texts of one shape; buffers and, on a GPU, the graph are made once and used again."""
+    """A batch of texts of one shape; buffers and, on a GPU, the graphs are made once and used again."""
+
+    grain = 64      # a graph's shapes are fixed: there is one for each so many slots of the cache attended to
 
     def __init__(self, model, batch, size, n_tokens, decoding, control=None, record=False, report=True):
         device, n_embd = model.wte.weight.device, model.config.n_embd
@@ -191,7 +193,8 @@ class Sampler:
         kl, logp, logq, before, after = torch.zeros(5, batch, n_tokens, device=device)
         hidden, psi = torch.zeros(2, batch, n_tokens if record else 0, n_embd, device=device)
         self.out = Rollout(kl.long(), kl.bool(), kl, logp, logq, before, after, hidden, psi)
-        self.graph = self.capture() if device.type == "cuda" else None
+        self.graphs = {} if device.type == "cuda" else None    # {span: graph}; None: every step eager
+        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def step(self):
         """h_t -> u_t -> y_t -> h_{t+1} for every row, all on the device."""
@@ -203,7 +206,7 @@ class Sampler:
         probs = torch.softmax(moved, -1, out=self.probs)
         greedy = self.decoding.temperature == 0
         token = probs.argmax(-1) if greedy else draw(probs, self.uniforms.index_select(1, t))
-        token = torch.where(self.alive, token, model.config.eos_token_id)                            # (B,)
+        token = token.masked_fill(~self.alive, model.config.eos_token_id)                           # (B,)
         self.write(t, tokens=token, mask=self.alive, logq=probs.gather(1, token[:, None])[:, 0].log())
         if self.record:
             W = model.wte.weight
@@ -270,27 +273,48 @@ class Sampler:
         hidden = self.model(padded.to(device), self.cache, lengths)               # (B, T, n_embd)
         self.hidden.copy_(hidden[torch.arange(len(prompts), device=device), lengths - 1])
 
-    def capture(self):
-        """The step as a CUDA graph: warmed up on a side stream, recorded once, replayed for ever."""
-        self.cache.span = self.cache.size                      # a graph's shapes are fixed
-        stream = torch.cuda.Stream()
+    def advance(self):
+        """One step: on a GPU the replay of the graph that attends to the fewest slots that are enough."""
+        if self.graphs is None:
+            return self.step()
+        live = self.cache.span + 1                             # slots to attend to, the new token's among them
+        span = min(-(-live // self.grain) * self.grain, self.cache.size)
+        if span not in self.graphs:
+            self.graphs[span] = self.capture(span)
+        self.graphs[span].replay()
+        self.cache.span = live
+
+    def capture(self, span):
+        """
+        The step over `span` slots as a CUDA graph: warmed up on a side stream, recorded, not yet run.
+
+        What a step reads and changes is put back after each warm-up; what it only writes, the true step
+        writes again. Every buffer is older than the graph: its memory pool, one for all graphs, holds what
+        lives within a step.
+        """
+        def step():
+            self.cache.span = span - 1                         # the model adds the new token
+            self.step()
+
+        state = (self.t, self.alive, self.hidden, self.cache.lengths)
+        saved = [buffer.clone() for buffer in state]
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):
-                self.t.zero_()
-                self.cache.lengths.zero_()
-                self.step()
+                step()
+                for buffer, was in zip(state, saved):
+                    buffer.copy_(was)
         torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.step()
+        with torch.cuda.graph(graph, pool=self.pool):
+            step()
         return graph
 
     def run(self, prompts, uniforms, watch=None):
         """Draw the texts. `watch(tokens)` sees each column of tokens as it is drawn."""
         self.begin(prompts, uniforms)
         for t in range(uniforms.size(1)):
-            self.graph.replay() if self.graph else self.step()
+            self.advance()
             if watch:
                 watch(self.out.tokens[:, t])
             if (watch or t % 16 == 15) and not self.alive.any():

@@ -60,7 +60,7 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x, layer, cache, positions, mask):
+    def forward(self, x, layer, cache, positions, future):
         """x (B, T, n_embd) -> (B, T, n_embd), each row attending to itself and what came before."""
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
@@ -69,9 +69,9 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
             k, v = cache.store(layer, k, v, positions)         # each (B, n_head, span, d)
-            scores = q @ k.mT / math.sqrt(q.size(-1))          # (B, n_head, T, span)
-            scores = scores.masked_fill(~mask, -torch.inf)
-            y = scores.float().softmax(-1).to(v.dtype) @ v     # (B, n_head, T, d)
+            scores = q / math.sqrt(q.size(-1)) @ k.mT          # (B, n_head, T, span)
+            weights = scores.masked_fill(future, -torch.inf).softmax(-1, dtype=torch.float32)
+            y = weights.to(v.dtype) @ v                        # (B, n_head, T, d)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -113,15 +113,15 @@ class GPT(nn.Module):
         Without a cache: one causal pass. With one: the tokens continue each row. Rows are padded on the
         right; `lengths` (B,) of their tokens are real (None: all). States at padding mean nothing.
         """
-        positions, mask = torch.arange(tokens.size(1), device=tokens.device), None
+        positions, future = torch.arange(tokens.size(1), device=tokens.device), None
         if cache is not None:
             positions = cache.lengths[:, None] + positions                        # (B, T)
             cache.span = min(cache.span + tokens.size(1), cache.size)
             slots = torch.arange(cache.span, device=tokens.device)
-            mask = (slots <= positions[:, :, None])[:, None]                      # (B, 1, T, span)
+            future = (slots > positions[:, :, None])[:, None]                     # (B, 1, T, span)
         x = self.wte(tokens) + self.wpe(positions)                                # (B, T, n_embd)
         for layer, block in enumerate(self.h):
-            x = block(x, layer, cache, positions, mask)
+            x = block(x, layer, cache, positions, future)
         if cache is not None:
             cache.lengths += tokens.size(1) if lengths is None else lengths
         return self.ln_f(x)

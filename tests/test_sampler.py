@@ -322,6 +322,38 @@ def test_temperature_0_is_the_argmax_loop(model, rows, controlled):
         assert text == row + drawn
 
 
+# ----------------------------------------------------------------------------------- spans of the cache
+
+@pytest.mark.parametrize("how", HOWS)
+def test_graphs_of_longer_spans_draw_the_same(model, rows, how, monkeypatch):
+    """The rule by which a GPU picks a graph, with graphs that are the eager step over as many slots."""
+    spans = []
+
+    class Graph:
+        def __init__(self, sampler, span):
+            self.sampler, self.span = sampler, span
+
+        def replay(self):
+            spans.append((self.sampler.cache.lengths.max().item(), self.span))
+            self.sampler.cache.span = self.span - 1            # what capture() puts before the step
+            self.sampler.step()
+
+    rows, uniforms = [rows[1], 20 * rows[0]], uniform_table(2, 14, 1)           # of 6 and of 40 tokens
+    control = strong_control() if HOWS[how][1] else None
+    sampler = Sampler(model, 2, 54, 14, HOWS[how][0], control, record=True)
+    expected = sampler.run(rows, uniforms)
+    sampler.graphs, sampler.grain = {}, 8
+    monkeypatch.setattr(Sampler, "capture", lambda *arguments: Graph(*arguments))
+    for _ in range(2):                                         # the second time no graph is made
+        drawn = sampler.run(rows, uniforms)
+        assert texts(drawn) == texts(expected)
+        mask = expected.mask
+        assert torch.allclose(drawn.hidden[mask], expected.hidden[mask], atol=1e-4)
+        assert torch.allclose(drawn.kl[mask], expected.kl[mask], atol=1e-4)
+        assert all(live < span <= live + 8 for live, span in spans)
+    assert list(sampler.graphs) == [48, 54]
+
+
 # ------------------------------------------------------------------------------------------ figures
 
 def test_mean_error_by_hand():
