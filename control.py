@@ -98,18 +98,16 @@ def kl_ball(logits, delta, max_kl, iterations=10):
     s Var_s(delta): its root is close to linear, and Newton on it lands in a few steps. A bracket
     keeps it safe. It aims one percent low, so that the best s found lies inside the budget.
     """
-    log_p = logits.log_softmax(-1)
-    delta = delta.masked_fill(log_p == -torch.inf, 0.0)
-    p = log_p.exp()
-    variance = (p * (delta - (p * delta).sum(-1, keepdim=True)) ** 2).sum(-1)
-    s = (2 * max_kl / variance.clamp(min=1e-30)).sqrt().clamp(max=1)
+    log_p = logits.log_softmax(-1).clamp(min=-1e30)            # what has no probability stays finite: 0 * x = 0
+    delta = delta - (log_p.exp() * delta).sum(-1, keepdim=True)
+    square = delta ** 2
+    s = (2 * max_kl / (log_p.exp() * square).sum(-1).clamp(min=1e-30)).sqrt().clamp(max=1)
     low, high = torch.zeros_like(s), torch.ones_like(s)
     for _ in range(iterations):
-        log_q = (log_p + s[:, None] * delta).log_softmax(-1)
+        log_q = torch.addcmul(log_p, s[:, None], delta).log_softmax(-1)
         q = log_q.exp()
-        mean = (q * delta).sum(-1, keepdim=True)
-        variance = (q * (delta - mean) ** 2).sum(-1)
-        kl = kl_divergence(log_q, log_p)
+        kl = log_q.sub_(log_p).mul_(q).sum(-1)
+        variance = (q * square).sum(-1) - (q * delta).sum(-1) ** 2
         low, high = torch.where(kl <= max_kl, s, low), torch.where(kl <= max_kl, high, s)
         root = kl.clamp(min=0).sqrt()
         newton = s - (root - math.sqrt(0.99 * max_kl)) * 2 * root / (s * variance).clamp(min=1e-30)
