@@ -18,14 +18,15 @@ Kong et al. 2024, "Aligning Large Language Models with Representation Editing: A
 Deviations from the paper, on purpose:
     1. The gradient is closed form (V has one hidden layer), without autograd.
     2. The ascent runs on the pre-activations: u never leaves the span of V's input weights, so once
-       G = W1 W1^T is known a step costs one product of the hidden layer's width.
+       G = W1 W1^T is known a step costs one product of the hidden layer's width; and so does W u, once
+       W times those weights is known.
     3. A ball around the state; the paper relies on few steps and a small step size.
     4. A budget in nats a token on the distribution itself, the quantity a text feels.
     5. Only the state of the next token is controlled, not every position of the prompt.
 
 The loop is `Sampler.step`: read the state, find the control, draw a token, move the state on. One
-function for every device: eager on the CPU, on a GPU captured once as a CUDA graph and replayed, so
-nothing in it reads a tensor back to the host. Draws are an inverse CDF over one table of uniforms,
+function for every device: eager on the CPU, on a GPU captured as a CUDA graph and replayed, so nothing
+in it reads a tensor back to the host. Draws are an inverse CDF over one table of uniforms,
 (samples, tokens), from a CPU generator: the same on every device, in every batch, under every control.
 
 But: one state at a time; the control does not plan over the draws to come, V has to know them. No
@@ -98,16 +99,18 @@ def kl_ball(logits, delta, max_kl, iterations=10):
     s Var_s(delta): its root is close to linear, and Newton on it lands in a few steps. A bracket
     keeps it safe. It aims one percent low, so that the best s found lies inside the budget.
     """
-    log_p = logits.log_softmax(-1).clamp(min=-1e30)            # what has no probability stays finite: 0 * x = 0
+    log_p = logits.log_softmax(-1).clamp(min=-1e30)            # finite, so that 0 * log 0 = 0
     delta = delta - (log_p.exp() * delta).sum(-1, keepdim=True)
     square = delta ** 2
     s = (2 * max_kl / (log_p.exp() * square).sum(-1).clamp(min=1e-30)).sqrt().clamp(max=1)
     low, high = torch.zeros_like(s), torch.ones_like(s)
+    q, log_q = torch.empty_like(log_p), torch.empty_like(log_p)            # room for every iteration
     for _ in range(iterations):
-        log_q = torch.addcmul(log_p, s[:, None], delta).log_softmax(-1)
-        q = log_q.exp()
+        torch.log_softmax(torch.addcmul(log_p, s[:, None], delta, out=q), -1, out=log_q)
+        torch.exp(log_q, out=q)
         kl = log_q.sub_(log_p).mul_(q).sum(-1)
-        variance = (q * square).sum(-1) - (q * delta).sum(-1) ** 2
+        mean = torch.mul(q, delta, out=log_q).sum(-1)
+        variance = torch.mul(q, square, out=log_q).sum(-1) - mean ** 2
         low, high = torch.where(kl <= max_kl, s, low), torch.where(kl <= max_kl, high, s)
         root = kl.clamp(min=0).sqrt()
         newton = s - (root - math.sqrt(0.99 * max_kl)) * 2 * root / (s * variance).clamp(min=1e-30)
@@ -178,12 +181,13 @@ class Sampler:
         self.record, self.report, self.pushes = record, report, None
         if isinstance(control, Controller) and not control.excitation:
             w1 = control.value.climbed.w1
-            self.G, self.directions = w1 @ w1.T, control.value.std * w1           # u = c @ directions, so that
-            self.pushes = model.unembed(self.directions)                          # W u = c @ pushes: a product
-                                                                                  # of V's width, not n_embd
+            if len(w1) < n_embd:                               # u = c @ directions, so W u = c @ pushes:
+                self.G, self.directions = w1 @ w1.T, control.value.std * w1       # a product of V's width,
+                self.pushes = model.unembed(self.directions)   # not of n_embd, with (width, n_vocab)
         self.cache = Cache(model, batch, size)
         # Made once: on a CPU the page faults of a fresh (B, n_vocab) cost more than the passes over it.
-        self.logits, self.delta, self.moved, self.probs = torch.empty(4, batch, model.config.n_vocab, device=device)
+        buffers = torch.empty(4, batch, model.config.n_vocab, device=device)
+        self.logits, self.delta, self.moved, self.probs = buffers
         self.hidden = torch.zeros(batch, n_embd, dtype=model.wte.weight.dtype, device=device)
         self.alive = torch.ones(batch, dtype=torch.bool, device=device)
         self.t = torch.zeros(1, dtype=torch.long, device=device)
@@ -275,7 +279,7 @@ class Sampler:
         """One step: on a GPU the replay of the graph that attends to the fewest slots that are enough."""
         if self.graphs is None:
             return self.step()
-        live = self.cache.span + 1                             # slots to attend to, the new token's among them
+        live = self.cache.span + 1                             # slots in use once the new token is there
         span = min(-(-live // self.grain) * self.grain, self.cache.size)
         if span not in self.graphs:
             self.graphs[span] = self.capture(span)
@@ -347,7 +351,7 @@ def draw(probs, uniform, block=256):
     parallel sum may dip by 1e-16). The uniform is below 1, and what is left of it inside the block is kept
     below the block's total: never a token without probability, none past the last probable one.
     """
-    n_vocab, n = probs.size(1), probs.size(1) // block                            # n whole blocks, and the rest
+    n_vocab, n = probs.size(1), probs.size(1) // block                            # n whole blocks, a rest
     sums = torch.cat([probs[:, :n * block].unflatten(1, (n, block)).sum(-1),
                       probs[:, n * block:].sum(-1, keepdim=True)], 1)             # (B, n + 1)
     cdf = F.pad(sums, (1, 0)).cumsum(-1, dtype=torch.float64)                     # (B, n + 2), 0 first

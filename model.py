@@ -68,8 +68,8 @@ class Attention(nn.Module):
         if cache is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
-            k, v = cache.store(layer, k, v, positions)         # each (B, n_head, span, d)
-            scores = q / math.sqrt(q.size(-1)) @ k.mT          # (B, n_head, T, span)
+            k, v = cache.store(layer, k, v, positions)         # each (B, n_head, reach, d)
+            scores = q / math.sqrt(q.size(-1)) @ k.mT          # (B, n_head, T, reach)
             weights = scores.masked_fill(future, -torch.inf).softmax(-1, dtype=torch.float32)
             y = weights.to(v.dtype) @ v                        # (B, n_head, T, d)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
@@ -117,8 +117,8 @@ class GPT(nn.Module):
         if cache is not None:
             positions = cache.lengths[:, None] + positions                        # (B, T)
             cache.span = min(cache.span + tokens.size(1), cache.size)
-            slots = torch.arange(cache.span, device=tokens.device)
-            future = (slots > positions[:, :, None])[:, None]                     # (B, 1, T, span)
+            slots = torch.arange(cache.reach, device=tokens.device)
+            future = (slots > positions[:, :, None])[:, None]                     # (B, 1, T, reach)
         x = self.wte(tokens) + self.wpe(positions)                                # (B, T, n_embd)
         for layer, block in enumerate(self.h):
             x = block(x, layer, cache, positions, future)
@@ -147,7 +147,8 @@ class Cache:
     """
     Keys and values of every layer, allocated once for `size` tokens a row; row b holds lengths[b] so far.
     A padded slot is masked until a real token overwrites it, so rows never see their neighbours.
-    `span` is the host's bound on lengths.max(): attention reads that many slots, not all.
+    `span` is the host's bound on lengths.max(): attention reads that many slots, not all; rounded up to a
+    multiple of 16, as a CPU compiles its bfloat16 products anew for every shape.
     """
     def __init__(self, model, batch, size):
         config, weight = model.config, model.wte.weight
@@ -158,11 +159,16 @@ class Cache:
         self.rows = torch.arange(batch, device=weight.device)[:, None]            # (B, 1)
         self.size, self.span = size, 0
 
+    @property
+    def reach(self):
+        """Slots that attention reads."""
+        return min(-(-self.span // 16) * 16, self.size)
+
     def store(self, layer, k, v, positions):
-        """Write k, v (B, n_head, T, d) at positions (B, T); return all live ones (.., span, d)."""
+        """Write k, v (B, n_head, T, d) at positions (B, T); return all live ones (.., reach, d)."""
         self.keys[layer][self.rows, :, positions] = k.transpose(1, 2)
         self.values[layer][self.rows, :, positions] = v.transpose(1, 2)
-        return self.keys[layer][:, :, :self.span], self.values[layer][:, :, :self.span]
+        return self.keys[layer][:, :, :self.reach], self.values[layer][:, :, :self.reach]
 
 
 # ------------------------------------------------------------------------- configuration, weights

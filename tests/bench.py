@@ -176,6 +176,7 @@ def ratio(above, below):
     return statistics.median(a / b for a, b in zip(above, below)) if above else float("nan")
 
 
+@torch.no_grad()
 def main(argv=None):
     parser = sample.Parser(__doc__, seed=0)
     parser.set_defaults(model="gpt2", tokens=64)
@@ -188,9 +189,10 @@ def main(argv=None):
         parser.error(f"--model takes {', '.join(SHAPES)}")
     device = torch.device(args.device)
     torch.manual_seed(args.seed)
-    torch.set_grad_enabled(False)
-    speed, bare = bandwidth(device), memory(device, "VmRSS")
-    model = random_model(args.model, device, getattr(torch, args.dtype))
+    speed, dtype = bandwidth(device), getattr(torch, args.dtype)
+    peak(random_model("tiny", device, dtype), ValueNet(64, 8).to(device), 1, 2, 0)     # loads libraries
+    bare = memory(device, "VmRSS")
+    model = random_model(args.model, device, dtype)
     value = ValueNet(model.config.n_embd, args.width, lift=True).to(device).requires_grad_(False)
     cuda = device.type == "cuda"
     where = torch.cuda.get_device_name() if cuda else f"{torch.get_num_threads()} CPU threads"

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch.distributions import Categorical, kl_divergence as reference_kl
 
+import bench
 from conftest import ROOT
-from control import (Controller, Decoding, Guided, Sampler, draw, generate, kl_ball, step_for_kl, truncate,
-                     uniform_table)
+from control import (Controller, Decoding, Guided, Sampler, ascend, draw, generate, kl_ball, step_for_kl,
+                     truncate, uniform_table)
 from model import GPT, InputError
 from sample import decode, distinct, encode_prompts, mean_error
 from test_value import random_net
@@ -374,6 +375,29 @@ def test_distinct_by_hand(model, rows):
     assert distinct(rollout, 1) == pytest.approx(2 / 6)
     assert distinct(rollout, 2) == pytest.approx(2 / 4)       # 12 21 12, 12
     assert distinct(rollout, 3) == pytest.approx(2 / 2)
+
+
+# --------------------------------------------------------------------------------------- the benchmark
+
+def test_what_is_compared_is_the_same():
+    value = random_net(3, 64, 8).requires_grad_(False)
+    value.std.fill_(1)                                         # the paper's coordinates are h's own
+    hidden = torch.randn(20, 64)
+    u = ascend(value, hidden, 5, 0.3, math.inf)
+    assert torch.allclose(bench.Paper(value, 5, 0.3)(hidden), u, atol=1e-5) and u.abs().max() > 0.1
+    pytest.importorskip("transformers")
+    model = bench.random_model("tiny", torch.device("cpu"), torch.float32)
+    tokens = torch.arange(40).view(2, 20)
+    logits = bench.transformers_model(model)(tokens).logits
+    assert torch.allclose(logits, model.unembed(model(tokens)), atol=1e-5) and logits.std() > 0.1
+
+
+def test_the_benchmark_runs(capsys):
+    bench.main(["--model", "tiny", "--device", "cpu", "--batches", "1,2", "--tokens", "4", "--rounds", "1"])
+    table = capsys.readouterr().out
+    for row in ("plain", "control", "30 steps", "KL reported", "kl_ball", "paper"):
+        assert table.count(f"\n{row} ") == 2
+    assert table.count(" 1.00 ") >= 2
 
 
 # --------------------------------------------------------------------------------------------- CUDA
