@@ -375,8 +375,8 @@ def generate(model, prompts, uniforms, decoding=None, control=None, record=False
     """
     prompts [[token, ..], ..], one a sample, and uniforms (N, T) -> a Rollout of N texts.
 
-    `record` keeps states and psi for training; `report` the figures kl, logp, before and after, which cost
-    about as much as the control: without it they are NaN. Done in batches of `batch` texts.
+    `record` keeps states and psi for training; `report` measures kl, logp, before and after, a few passes
+    over the vocabulary: without it they are NaN. Done in batches of `batch` texts.
     """
     decoding, (samples, n_tokens) = decoding or Decoding(), uniforms.shape
     longest = max(map(len, prompts))

@@ -127,7 +127,10 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def unembed(self, hidden, out=None):
-        """hidden (..., n_embd) -> logits (..., n_vocab) = W hidden: in W's dtype, handed on as float32."""
+        """
+        hidden (..., n_embd) -> logits (..., n_vocab) = W hidden: in W's dtype, handed on as float32; into
+        `out` (B, n_vocab) if there is one.
+        """
         W = self.wte.weight
         if out is not None and W.dtype == torch.float32:
             return torch.mm(hidden, W.T, out=out)

@@ -183,7 +183,7 @@ def main(argv=None):
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(f"{args.model}, {args.dtype}, {where}, {torch.get_num_threads()} threads, {speed / 1e9:.0f} GB/s, "
           f"{args.tokens} tokens, width {args.width}, torch {torch.__version__}")
-    peaks = {batch: peak(model, value, batch, args.tokens, bare) for batch in map(int, args.batches.split(","))}
+    peaks = {n: peak(model, value, n, args.tokens, bare) for n in map(int, args.batches.split(","))}
     theirs = transformers_model(model)                         # its memory is not ours
     for batch, share in peaks.items():
         seconds = measure(make_rows(model, theirs, value, batch, args.tokens), args.rounds, device)
