@@ -164,6 +164,7 @@ class Rollout:
     after: torch.Tensor           # V(h_t) + A(h_t + u_t) - A(h_t), u_t as kl_ball has scaled it
     hidden: torch.Tensor          # h_t, or h_t + u_t where u_t is an excitation; empty unless recorded
     psi: torch.Tensor             # W[y_t] - E[W] under p_u; empty unless recorded
+    earned: torch.Tensor          # reward of the text before y_t; 0 until it is scored (sample.roll_out)
 
     def pick(self, rows):
         """The texts of these rows."""
@@ -194,7 +195,7 @@ class Sampler:
         self.uniforms = torch.zeros(batch, n_tokens, device=device)
         kl, logp, logq, before, after = torch.zeros(5, batch, n_tokens, device=device)
         hidden, psi = torch.zeros(2, batch, n_tokens if record else 0, n_embd, device=device)
-        self.out = Rollout(kl.long(), kl.bool(), kl, logp, logq, before, after, hidden, psi)
+        self.out = Rollout(kl.long(), kl.bool(), kl, logp, logq, before, after, hidden, psi, kl.clone())
         self.graphs = {} if device.type == "cuda" else None    # {span: graph}; None: every step eager
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 

@@ -28,7 +28,7 @@ import torch
 from control import (Controller, Decoding, Guided, best_of_kl, generate, pick_best, teacher_force,
                      uniform_table)
 from model import GPT, InputError
-from value import ValueNet, load_reward, load_tokenizer, write_whole
+from value import RewardModel, ValueNet, load_reward, load_tokenizer, write_whole
 
 
 # --------------------------------------------------------------------------------- texts and files
@@ -107,11 +107,28 @@ def decode(encoder, prompts, rollout, eos):
             for prompt, tokens, mask in zip(prompts, rollout.tokens.cpu(), rollout.mask.cpu())]
 
 
+def score_beginnings(encoder, reward, prompts, rollout):
+    """Reward (N, T) of each text as it stood before each draw; past its end 0."""
+    rows = [prompt[1:] + tokens for prompt, tokens in zip(prompts, rollout.tokens.tolist())]
+    reads = [range(len(prompt) - 1, len(prompt) - 1 + n)       # how many tokens stood there
+             for prompt, n in zip(prompts, rollout.mask.sum(1).tolist())]
+    if isinstance(reward, RewardModel) and reward.encoder.n_vocab == encoder.n_vocab \
+            and max(map(len, rows)) <= reward.gpt.config.n_positions:
+        along = reward.along(rows)                             # one pass a text
+        scores = [row[max(n - 1, 0)] for row, read in zip(along, reads) for n in read]
+    else:
+        scores = reward([encoder.decode(row[:n]) for row, read in zip(rows, reads) for n in read])
+    earned = torch.zeros(rollout.mask.shape)
+    earned[rollout.mask.cpu()] = torch.tensor(scores)
+    return earned.to(rollout.mask.device)
+
+
 def roll_out(model, encoder, reward, prompts, samples, n_tokens, seed, prefix=(), best_of=1, by="reward",
              **how):
     """
     `samples` texts, the prompts taken in turn -> (Rollout, rewards (N,), texts).
 
+    With `record`, also what is needed for training: states, psi, and the reward of each text's beginnings.
     `prefix` tokens come before each prompt, but are no part of the text. `best_of` so many drawn, the one
     of the highest reward is kept, or by "value": of the highest V where its last token was drawn. Then kl
     is log(p_u / p) of what was drawn, p without the prefix, and at a text's first token that of the choice.
@@ -123,6 +140,8 @@ def roll_out(model, encoder, reward, prompts, samples, n_tokens, seed, prefix=()
     end_turns(encoder, rollout)
     texts = decode(encoder, prompts, rollout, model.config.eos_token_id)
     rewards = torch.tensor(reward(texts), device=rollout.mask.device)
+    if how.get("record"):
+        rollout.earned = score_beginnings(encoder, reward, prompts, rollout)
     if prefix:
         rollout.logp = teacher_force(model, prompts, rollout)
     if prefix or best_of > 1:

@@ -6,7 +6,8 @@ Train a value function on the hidden states of a frozen GPT-2: rollouts -> rewar
 
     1. roll out the model on the prompts, at temperature 1, recording states and psi
     2. score the finished texts with the reward
-    3. fit V and A, whose gradient steers (see value.py), by TD(lambda) on the recorded states
+    3. fit V to the Bellman equation on the recorded states, and A, whose gradient steers, to what each
+       draw did for the reward (see value.py)
     4. --rounds above 1: roll out under the control so far and fit again, soft policy iteration
     5. report on held-out rollouts, save, and show a few steered texts beside plain ones
 
@@ -20,104 +21,153 @@ import sys
 import time
 
 import torch
+import torch.nn as nn
+from torch.nn.utils import parametrize
 
 import sample
 from control import Controller, step_for_kl
 from model import InputError
 from sample import Parser, count, number
-from value import ValueNet, bellman_targets, fingerprint, load_reward, value_loss
+from value import ValueNet, advantages, draw_metric, fingerprint, load_reward, value_loss
 
 # Ours and the baselines. Their settings are those that were best on the tiny language and on film reviews
 # together, of as many tries each (tests/tune.py). One-step targets (lam 0) carry the reward back one
 # token at a time: compare --lam 0 and 1 at --epochs 1.
 METHODS = {
-    # V, and A trained on the draws
-    "q": dict(lam=1.0, gain=1.0, lift=True, standardised=True, epochs=2, rate=0.01, decay=1.0, width=64),
+    # V, and A fitted to the draws: a net, or one direction for all states
+    "q": dict(lift="net", lam=0.8, standardised=True, epochs=4, rate=0.01, decay=1.0, width=128),
+    "draws": dict(lift="line", lam=0.8, standardised=True, epochs=4, rate=0.01, decay=1.0, width=128),
     # values alone
-    "plain": dict(lam=0.8, gain=0.0, standardised=True, epochs=2, rate=0.03, decay=3.0, width=256),
+    "plain": dict(lam=0.8, standardised=True, epochs=2, rate=0.03, decay=3.0, width=256),
     # values alone, one-step targets, raw states, no ball
-    "paper": dict(lam=0.0, gain=0.0, standardised=False, epochs=2, rate=0.03, decay=3.0, width=64),
-    # static directions, the same u everywhere: least squares of the reward on the states, or on the draws
-    "static": dict(on="states", ridge=3.0),
-    "draws": dict(on="draws", ridge=0.3),
+    "paper": dict(lam=0.0, standardised=False, epochs=2, rate=0.03, decay=3.0, width=64),
+    # a static direction, the same u everywhere: least squares of the reward on the states
+    "static": dict(ridge=3.0),
 }
 
 
-def train(rollout, rewards, seed=0, log=None, costs=None, **settings):
+def train(model, rollout, rewards, seed=0, log=None, costs=None, **settings):
     """Rollout of N texts and rewards (N,) -> a frozen ValueNet, by the settings of one of METHODS."""
     if "ridge" in settings:
-        return fit_line(rollout, rewards, costs=costs, **settings)
-    return fit_net(rollout, rewards, seed=seed, log=log, costs=costs, **settings)
+        return fit_static(rollout, rewards, **settings).requires_grad_(False)
+    lift, lam, standardised, width = (settings.pop(name, None) for name in ("lift", "lam", "standardised", "width"))
+    torch.manual_seed(seed)
+    mask, costs = rollout.mask, torch.zeros_like(rollout.kl) if costs is None else costs
+    value = ValueNet(rollout.hidden.size(-1), width).to(mask.device)
+    value.b2.data.fill_(rewards.mean())                        # the best constant
+    if standardised:
+        value.standardise(rollout.hidden[mask])
 
+    def bellman_error(rows):
+        return value_loss(value, rollout.hidden[rows], rewards[rows], mask[rows], lam, costs[rows])
 
-def fit_line(rollout, rewards, on, ridge, costs=None):
-    """
-    V(h) = w . x + const by ridge regression of the rewards on x, or of what is left of them on psi_x.
-
-    Its gradient is the constant w: a static direction. As a ValueNet it is one tanh, far from bending.
-    """
-    states = rollout.hidden[rollout.mask]                      # (states, n_embd)
-    value = ValueNet(states.size(1), 1).to(states.device)
-    value.standardise(states)
-    features = (states - value.mean) / value.std if on == "states" else rollout.psi[rollout.mask] * value.std
-    returns = bellman_targets(torch.zeros_like(rollout.kl), rewards - rewards.mean(), rollout.mask, 1.0, costs)
-    outcome = returns[rollout.mask]
-    gram = features.T @ features                               # (n_embd, n_embd)
-    w = torch.linalg.solve(gram + ridge * gram.diag().mean() * torch.eye(len(gram), device=gram.device),
-                           features.T @ outcome)
-    value.w1.data[0] = 1e-3 * w / w.norm()
-    value.w2.data[0] = 1e3 * w.norm()
-    value.b2.data.fill_(rewards.mean())
+    descend(value, bellman_error, len(rewards), log=log, **settings)
+    if lift:
+        advantage = advantages(value(rollout.hidden), rollout.earned, rewards, mask, lam, costs)
+        fit = fit_line if lift == "line" else fit_lift
+        value.lift = fit(model, value, rollout, advantage, **settings)
     return value.requires_grad_(False)
 
 
-def fit_net(rollout, rewards, lam, gain, standardised, epochs, rate, decay, width, lift=False, batch=64,
-            seed=0, log=None, costs=None):
+def descend(net, loss, texts, epochs, rate, decay, batch=64, log=None):
     """
-    V and, where gain > 0, the gradient that is climbed, by TD(lambda) and AdamW on batches of whole texts.
+    Minimise loss(rows), the rows of a batch of whole texts, by AdamW in so many epochs.
 
-    `rate` is the peak learning rate, falling to 0 along a cosine; `decay` the decoupled weight decay. b2
-    starts at the mean reward, the best constant. `log(epoch, loss)` is called after each epoch.
+    `rate` is the peak learning rate, falling to 0 along a cosine; `decay` the decoupled weight decay.
+    `log(epoch, loss)` is called after each epoch.
     """
-    torch.manual_seed(seed)
-    states = rollout.hidden[rollout.mask]                      # (states, n_embd)
-    value = ValueNet(states.size(1), width, lift).to(states.device)
-    value.b2.data.fill_(rewards.mean())
-    if standardised:
-        value.standardise(states)
-    del states
-    optimizer = torch.optim.AdamW(value.parameters(), lr=rate, weight_decay=decay)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * math.ceil(len(rewards) / batch))
+    optimizer = torch.optim.AdamW(net.parameters(), lr=rate, weight_decay=decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * math.ceil(texts / batch))
     for epoch in range(epochs):
         total = 0.0
-        for rows in torch.randperm(len(rewards)).to(rewards.device).split(batch):
-            loss = value_loss(value, rollout.hidden[rows], rollout.psi[rows], rewards[rows],
-                              rollout.mask[rows], lam, gain, None if costs is None else costs[rows])
+        for rows in torch.randperm(texts).split(batch):
+            error = loss(rows)
             optimizer.zero_grad()
-            loss.backward()
+            error.backward()
             optimizer.step()
             schedule.step()
-            total += loss.item() * len(rows) / len(rewards)
+            total += error.item() * len(rows) / texts
         if not math.isfinite(total):
             raise InputError(f"V diverged in epoch {epoch + 1}; choose a smaller --rate")
         if log:
             log(epoch, total)
-    return value.requires_grad_(False)
+
+
+class Whitened(nn.Module):
+    """A parametrisation of W1, as B T."""
+    def __init__(self, T):
+        super().__init__()
+        self.register_buffer("T", T)
+
+    def forward(self, B):
+        return B @ self.T
+
+
+def fit_lift(model, value, rollout, advantage, **settings):
+    """
+    A, as wide as V: the net whose dA/dx . psi_x is least far from the advantages (N, T) of the draws.
+
+    psi is a hundred times larger in some directions than in others, and AdamW, like u, would favour these. So
+    W1 = B T, and B is what is trained: T = M^-1/2, up to a factor, makes psi alike in all directions.
+    """
+    mask, lift = rollout.mask, value.beside(len(value.w2))
+    M = draw_metric(value.std * rollout.psi[mask], value.std * model.wte.weight.float())
+    sizes, axes = torch.linalg.eigh(M.double())
+    T = (axes / sizes.sqrt() @ axes.T).float()
+    T /= ((rollout.hidden[mask] - value.mean) / value.std @ T).std(0).mean()          # of x T: about 1
+    parametrize.register_parametrization(lift, "w1", Whitened(T))
+
+    def error(rows):
+        return (lift.worth(rollout.hidden[rows], rollout.psi[rows]) - advantage[rows])[mask[rows]].square().mean()
+
+    descend(lift, error, len(mask), **settings)
+    parametrize.remove_parametrizations(lift, "w1")            # W1 = B T from now on
+    return lift
+
+
+def fit_line(model, value, rollout, advantage, **_):
+    """A(h) = w . x, one direction for all states: least squares of the advantages (N, T) on psi_x."""
+    psi = value.std * rollout.psi[rollout.mask]                # (states, n_embd)
+    M = draw_metric(psi, value.std * model.wte.weight.float())
+    w = torch.linalg.solve(M, psi.T @ advantage[rollout.mask] / len(psi))
+    return line(value, w)
+
+
+def fit_static(rollout, rewards, ridge):
+    """V(h) = w . x + const by ridge regression of the rewards on the states: its gradient w is static."""
+    states = rollout.hidden[rollout.mask]                      # (states, n_embd)
+    value = ValueNet(states.size(1), 1).to(states.device)
+    value.standardise(states)
+    x, outcome = (states - value.mean) / value.std, (rewards - rewards.mean())[:, None].expand_as(rollout.mask)
+    gram = x.T @ x                                             # (n_embd, n_embd)
+    w = torch.linalg.solve(gram + ridge * gram.diag().mean() * torch.eye(len(gram), device=gram.device),
+                           x.T @ outcome[rollout.mask])
+    value = line(value, w)
+    value.b2.data.fill_(rewards.mean())
+    return value
+
+
+def line(value, w):
+    """A ValueNet w . x in the coordinates of another: one tanh, far from bending."""
+    net = value.beside(1)
+    net.w1.data[0] = 1e-3 * w / w.norm()
+    net.w2.data[0] = 1e3 * w.norm()
+    return net
 
 
 def improve(model, control, rollout, rewards, first, nats, settings, radius=1.0, seed=0, log=None):
     """
     A round of soft policy iteration: `control` and texts drawn under it -> the next Controller.
 
-    Evaluation: V and Q of the reward less beta KL, beta = gain / step_size, the exchange rate at which this
+    Evaluation: V and A of the reward less beta KL, beta = 1 / step_size, the exchange rate at which this
     control is optimal (without the KL V would call for ever more of it). Improvement: one step on the new
     V, at the size that costs `nats` a text on the states of the `first`, uncontrolled texts. In the first
     round `control` is None, or an excitation, which costs nothing here: it is no policy.
     """
     costs = None
     if control is not None and not control.excitation:
-        costs = rollout.kl * settings.get("gain", float(settings.get("on") == "draws")) / control.step_size
-    value = train(rollout, rewards, seed=seed, log=log, costs=costs, **settings)
+        costs = rollout.kl / control.step_size
+    value = train(model, rollout, rewards, seed=seed, log=log, costs=costs, **settings)
     control = Controller(value, radius=radius if settings.get("standardised") else math.inf)
     control.step_size = step_for_kl(model, control, first, nats)
     return control
@@ -166,14 +216,12 @@ def parse_args(argv):
     add("--out", default="out/value.safetensors", metavar="FILE", help="where V is saved")
     add("--reward", default="sentiment", metavar="NAME", help="sentiment, path/to/file.py:function, or a GPT-2 "
                                                               "classifier: a directory or a name of the hub")
-    add("--method", choices=METHODS, default="q", help="q: V, and the gradient trained on the draws; plain: values "
-        "alone; paper: values alone, one-step targets, raw states, no ball; static, draws: one direction for all states, by "
-        "least squares of the reward on the states or the draws")
+    add("--method", choices=METHODS, default="q", help="q: V, and A trained on the draws; draws: "
+        "likewise, but A is one direction for all states; plain: values alone; paper: values alone, one-step "
+        "targets, raw states, no ball; static: one direction, by least squares of the reward on the states")
     own = parser.add_argument_group("settings of training", "default: the method's own").add_argument
     own("--lam", type=number(float, 0, 1), default=argparse.SUPPRESS,
         help="lambda of TD(lambda): 0 moves the reward back one token a pass, 1 is Monte Carlo")
-    own("--gain", type=number(float, 0, 1e3), default=argparse.SUPPRESS,
-        help="weight of the draws in Q; 0: values alone")
     own("--epochs", type=count, default=argparse.SUPPRESS, help="passes over the rollouts")
     own("--rate", type=number(float, 0, 10), default=argparse.SUPPRESS, help="peak learning rate")
     own("--decay", type=number(float, 0, 100), default=argparse.SUPPRESS, help="weight decay, decoupled")
@@ -186,7 +234,7 @@ def parse_args(argv):
     add("--held-out", type=number(int, 16, 2 ** 31), default=1000, help="texts to report on")
     own("--width", type=number(int, 1, 65536), default=argparse.SUPPRESS, help="of V's hidden layer")
     own("--ridge", type=number(float, 0, 1e9), default=argparse.SUPPRESS,
-        help="of static and draws, relative to the mean square of a feature")
+        help="of static, relative to the mean square of a feature")
     args = parser.parse_args(argv)
     for name, setting in METHODS[args.method].items():
         setattr(args, name, getattr(args, name, setting))

@@ -25,8 +25,12 @@ exactly softmax(W (h + u)) with u_x = dA/dx / beta: one gradient step. A is a ne
 value of a controlled state is V(h) + A(h + u) - A(h). The paper has A = V: it reads V(h + u) as if
 control led to the state h + u, but no text leads there. Fitted by one net, both suffer (tests/ablate.py).
 
-Deviations from the paper: TD(lambda) instead of one step; Q instead of V in the loss, and A beside V;
-standardised states. `train_value.py --method paper` switches all off, and the ball of control.py.
+A learns from the advantage of each draw, how much higher the forecast of the reward stands after it. V
+reads one state, which hardly holds what the text has said so far; while learning, the text is at hand,
+so the forecast is made from V(h_t) and the reward of the text up to there (`advantages`).
+
+Deviations from the paper: TD(lambda) instead of one step; A beside V, fitted to the draws; standardised
+states. `train_value.py --method paper` switches all off, and the ball of control.py.
 But: V reads one state, not the text; what the state does not hold, V cannot know.
 """
 import hashlib
@@ -85,11 +89,11 @@ class ValueNet(nn.Module):
         """hidden (..., n_embd) -> dV/dx = std * dV/dh (..., n_embd), in closed form."""
         return self.slope(self.preactivation(hidden)) @ self.w1
 
-    def q_values(self, hidden, psi, gain=1.0):
-        """hidden, psi (..., n_embd) -> V(h), Q(h, y) = V(h) + gain * dA/dx . psi_x, each (...)"""
-        value, climbed = self(hidden), self.climbed
+    def worth(self, hidden, psi):
+        """hidden, psi (..., n_embd) -> Q(h, y) - V(h) = dA/dx . psi_x (...), the worth of drawing y."""
+        climbed = self.climbed
         slope = climbed.slope(climbed.preactivation(hidden))
-        return value, value + gain * (slope * ((self.std * psi) @ climbed.w1.T)).sum(-1)
+        return (slope * ((climbed.std * psi) @ climbed.w1.T)).sum(-1)
 
     def controlled(self, hidden, u):
         """hidden, u (..., n_embd) -> V(h) + A(h + u) - A(h) (...), which is V(h + u) where V is climbed."""
@@ -100,6 +104,13 @@ class ValueNet(nn.Module):
         for net in (self, self.climbed):
             net.mean.copy_(states.mean(0))
             net.std.copy_(states.std(0).clamp(min=1e-6))
+
+    def beside(self, width):
+        """A fresh net in the coordinates of this one."""
+        net = ValueNet(self.w1.size(1), width).to(self.w1.device)
+        net.mean.copy_(self.mean)
+        net.std.copy_(self.std)
+        return net
 
     @classmethod
     def sum(cls, values, weights):
@@ -174,11 +185,40 @@ def bellman_targets(values, rewards, mask, lam, costs=None):
     return targets
 
 
-def value_loss(value, hidden, psi, rewards, mask, lam, gain, costs=None):
-    """Mean squared error of Q(h_t, y_t) to the TD(lambda) targets over the real states, a scalar."""
-    v, q = value.q_values(hidden, psi, gain)
-    targets = bellman_targets(v.detach(), rewards, mask, lam, costs)
-    return ((q - targets)[mask] ** 2).mean()
+def value_loss(value, hidden, rewards, mask, lam, costs=None):
+    """Mean squared Bellman error over the real states, a scalar: V(h_t) to its TD(lambda) target."""
+    values = value(hidden)
+    targets = bellman_targets(values.detach(), rewards, mask, lam, costs)
+    return ((values - targets)[mask] ** 2).mean()
+
+
+@torch.no_grad()
+def advantages(values, earned, rewards, mask, lam, costs=None):
+    """
+    How much each draw did for the reward: values, earned, mask (B, T), rewards (B,) -> (B, T).
+
+    The forecast at h_t is the best linear one of the return from V(h_t) and `earned`, the reward of the
+    text before y_t. The advantage is its TD(lambda) target less the forecast itself: the changes of the
+    forecast from h_t on, summed with weights 1, lam, lam^2, .. (GAE, Schulman et al. 2015, arXiv 1506.02438).
+    """
+    returns = bellman_targets(torch.zeros_like(values), rewards, mask, 1.0, costs)
+    features = torch.stack([values, earned, torch.ones_like(values)], -1).double()    # (B, T, 3)
+    seen = features[mask]                                      # (states, 3)
+    weights = torch.linalg.pinv(seen.T @ seen) @ (seen.T @ returns[mask].double())
+    forecast = (features @ weights).float()
+    return torch.where(mask, bellman_targets(forecast, rewards, mask, lam, costs) - forecast, 0.0)
+
+
+def draw_metric(psi, embedding):
+    """
+    Second moment M (n_embd, n_embd) of psi (states, n_embd), over the real draws and as many imagined ones
+    of a token chosen blindly from embedding W (n_vocab, n_embd), worth nothing.
+
+    Tokens that are hardly ever drawn have no say in what A learns; without the imagined draws, what the
+    others have taught it would throw some of them up.
+    """
+    blind = embedding - embedding.mean(0)
+    return psi.T @ psi / len(psi) + blind.T @ blind / len(blind)
 
 
 # ------------------------------------------------------------------------------------------- files
@@ -303,23 +343,25 @@ class RewardModel:
         """texts -> scores. All of a text is text: "<|endoftext|>" in it is no token."""
         return self.rate([self.encoder.encode_ordinary(text) for text in texts])
 
-    @torch.no_grad()
-    def rate(self, rows, batch=64):
-        """[[token, ..], ..] -> scores; texts of like length side by side, the beginnings of long ones cut."""
-        context, device = self.gpt.config.n_positions, self.score.device
+    def rate(self, rows):
+        """[[token, ..], ..] -> scores; the beginnings of texts longer than the context are cut."""
+        context = self.gpt.config.n_positions
         if long := sum(len(row) > context for row in rows):
             print(f"warning: {long} texts of more than {context} tokens; the reward model reads their last "
                   f"{context}", file=sys.stderr)
-        rows = [row[-context:] or [self.gpt.config.eos_token_id] for row in rows]
-        order, scores = sorted(range(len(rows)), key=lambda i: len(rows[i])), [0.0] * len(rows)
+        return [scores[-1] for scores in self.along([row[-context:] or [self.gpt.config.eos_token_id]
+                                                     for row in rows])]
+
+    @torch.no_grad()
+    def along(self, rows, batch=64):
+        """[[token, ..], ..] within the context -> [[score after each token, ..], ..]; like lengths side by side."""
+        order, scores = sorted(range(len(rows)), key=lambda i: len(rows[i])), [None] * len(rows)
         for part in (order[i:i + batch] for i in range(0, len(rows), batch)):
-            lengths = torch.tensor([len(rows[i]) for i in part], device=device)
             padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(rows[i]) for i in part], batch_first=True)
-            hidden = self.gpt(padded.to(device))                                  # (B, T, n_embd)
-            logits = hidden[torch.arange(len(part), device=device), lengths - 1] @ self.score.T   # (B, labels)
-            logits = logits[:, -1] - (logits[:, 0] if len(self.score) == 2 else 0)
-            for i, logit in zip(part, logits.tolist()):
-                scores[i] = logit
+            logits = self.gpt(padded.to(self.score.device)) @ self.score.T        # (B, T, labels)
+            logits = logits[:, :, -1] - (logits[:, :, 0] if len(self.score) == 2 else 0)
+            for i, row in zip(part, logits.tolist()):
+                scores[i] = row[:len(rows[i])]
         return scores
 
 

@@ -157,7 +157,7 @@ def main(argv=None):
     costs, fits = {"rollouts": (time.perf_counter() - started, 0)}, []
     for method in methods:
         started = time.perf_counter()
-        value = train(first, rewards, **settings[method], seed=args.seed)
+        value = train(model, first, rewards, **settings[method], seed=args.seed)
         costs[method] = time.perf_counter() - started, sum(p.numel() for p in value.parameters())
         fits.append(f"{method} {table.exact.r_squared(value, table.results['uncontrolled'][0]):.4f}"
                     if table.exact else "")
@@ -168,7 +168,7 @@ def main(argv=None):
             table.row(f"{method} {nats:g}", control.step_size, control=control)
             if method == args.guide and nats == float(budgets[0]):
                 guide = control
-            if args.rounds > 1 and ("gain" in settings[method] and settings[method]["gain"] or method == "draws"):
+            if args.rounds > 1 and "lift" in settings[method]:
                 for i in range(1, args.rounds):
                     texts = table.roll_out(prompts, args.rollouts, args.seed + 10_000 * i, record=True,
                                            control=control)

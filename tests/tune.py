@@ -8,7 +8,7 @@ The best try of each method goes to --json, for tests/compare.py --settings.
 
 A try is trained on one set of rollouts and scored on another, of other draws:
 
-    gain    of one step that costs --nats a text, E[R sum_t psi_t . u_t]: the first-order effect of u on the
+    gain    of one step that costs --nats a text, E[sum_t psi_t . u_t (R - earned_t)]: the first-order effect of u on the
             draws, at the exact KL of the step (control.step_for_kl)
 
 No text is steered here, and nothing that is reported is drawn.
@@ -27,14 +27,14 @@ from train_value import METHODS, train                                          
 from value import load_reward, write_whole                                            # noqa: E402
 
 NET = {"epochs": [1, 2, 3, 5, 8], "rate": [3e-4, 1e-3, 3e-3, 1e-2, 3e-2], "decay": [0.0, 0.3, 1.0, 3.0],
-          "width": [64, 128, 256]}
+       "width": [64, 128, 256]}
 LAM, RIDGE = [0.5, 0.8, 0.95, 1.0], [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0]
-OWN = {"q": {"lam": LAM}, "plain": {"lam": LAM}, "paper": {}}
+OWN = {"q": {"lam": LAM}, "draws": {"lam": LAM}, "plain": {"lam": LAM}, "paper": {}}
 
 
 def draw_tries(method, tries):
     """-> [{setting: option}, ..]: random ones, for the nets the same but for what is the method's own."""
-    if method not in OWN:                                      # a static direction: few enough to try all
+    if method not in OWN:                                      # static: few enough to try all
         return [{"ridge": ridge} for ridge in RIDGE]
     rng, drawn = random.Random(0), []
     for _ in range(tries):
@@ -47,8 +47,9 @@ def draw_tries(method, tries):
 def predicted(model, value, rollout, rewards, nats):
     """-> (gain, its standard error): see above."""
     step = step_for_kl(model, Controller(value, radius=math.inf), rollout, nats, states=256)
-    v, q = value.q_values(rollout.hidden, rollout.psi)         # q - v = psi . u at step_size 1
-    return sample.mean_error(step * ((q - v) * rollout.mask).sum(1) * (rewards - rewards.mean()))
+    worth = value.worth(rollout.hidden, rollout.psi)           # psi . u at step_size 1
+    later = rewards[:, None] - rollout.earned                  # what was earned before is no draw's doing
+    return sample.mean_error(step * (worth * rollout.mask * later).sum(1))
 
 
 def main(argv=None):
@@ -75,7 +76,7 @@ def main(argv=None):
     for method in args.methods.split(","):
         tried = []
         for drawn in draw_tries(method, args.tries):
-            value = train(rollout, rewards, **{**METHODS[method], **drawn}, seed=args.seed)
+            value = train(model, rollout, rewards, **{**METHODS[method], **drawn}, seed=args.seed)
             tried.append((*predicted(model, value, held_out, outcome, args.nats), drawn))
             print(f"{method:6}{tried[-1][0]:7.3f} +- {tried[-1][1]:.3f}  "
                   + "  ".join(f"{name} {setting:g}" for name, setting in drawn.items()), flush=True)
