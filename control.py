@@ -468,7 +468,7 @@ def step_for_kl(model, control, rollout, nats, states=1024):
     """
     The step_size at which `control` costs `nats` a text on the states of an uncontrolled rollout.
 
-    Bisection on the exact KL, averaged over so many of the states, times the tokens a text has: rare
+    A search on the exact KL, averaged over so many of the states, times the tokens a text has: rare
     tokens, which drawn texts hardly show, count in full. What control changes of later states does not.
     """
     hidden = rollout.hidden[rollout.mask]
@@ -479,19 +479,23 @@ def step_for_kl(model, control, rollout, nats, states=1024):
     def cost(step_size):
         delta = model.unembed(replace(control, step_size=step_size)(hidden))
         return kl_divergence((log_p + delta).log_softmax(-1), log_p).mean().item() * length
-    return bisect(cost, nats)
+    return dial_for(cost, nats)
 
 
-def bisect(cost, nats):
-    """The largest dial > 0, to a thousandth, at which a rising cost(dial) stays below `nats`."""
-    high = 2.0 ** -20
-    while cost(high) < nats:
-        high *= 2
-        if high > 2 ** 30:
+def dial_for(cost, nats):
+    """
+    The dial > 0 at which a rising cost(dial) is `nats`, to a thousandth: cost grows about as the dial's
+    square, so the next guess is dial * sqrt(nats / cost), inside a bracket that keeps it safe.
+    """
+    low, high, dial = 0.0, math.inf, 1.0
+    while high > low * (1 + 1e-6):
+        spent = cost(dial)
+        if abs(spent - nats) < 0.001 * nats:
+            break
+        low, high = (dial, high) if spent < nats else (low, dial)
+        if low > 2 ** 30:
             raise InputError(f"no control costs {nats} nats a text: V is flat or the radius too small; does "
                              f"the reward vary?")
-    low = high / 2
-    for _ in range(10):
-        middle = (low + high) / 2
-        low, high = (middle, high) if cost(middle) < nats else (low, middle)
-    return low
+        guess = dial * min(max(nats / max(spent, 1e-30), 1e-3), 1e3) ** 0.5
+        dial = guess if low < guess < high else (low + high) / 2
+    return dial

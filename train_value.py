@@ -19,6 +19,7 @@ import math
 import resource
 import sys
 import time
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -35,8 +36,8 @@ from value import ValueNet, advantages, draw_metric, fingerprint, load_reward, v
 # token at a time: compare --lam 0 and 1 at --epochs 1.
 METHODS = {
     # V, and A fitted to the draws: a net, or one direction for all states
-    "q": dict(lift="net", lam=0.8, standardised=True, epochs=4, rate=0.01, decay=1.0, width=128),
-    "draws": dict(lift="line", lam=0.8, standardised=True, epochs=4, rate=0.01, decay=1.0, width=128),
+    "q": dict(draws="net", lam=0.8, standardised=True, epochs=4, rate=0.01, decay=1.0, width=128),
+    "draws": dict(draws="line", lam=0.8, standardised=True, epochs=4, rate=0.01, decay=1.0, width=128),
     # values alone
     "plain": dict(lam=0.8, standardised=True, epochs=2, rate=0.03, decay=3.0, width=256),
     # values alone, one-step targets, raw states, no ball
@@ -50,7 +51,7 @@ def train(model, rollout, rewards, seed=0, log=None, costs=None, **settings):
     """Rollout of N texts and rewards (N,) -> a frozen ValueNet, by the settings of one of METHODS."""
     if "ridge" in settings:
         return fit_static(rollout, rewards, **settings).requires_grad_(False)
-    lift, lam, standardised, width = (settings.pop(name, None) for name in ("lift", "lam", "standardised", "width"))
+    draws, lam, standardised, width = [settings.pop(name, None) for name in ("draws", "lam", "standardised", "width")]
     torch.manual_seed(seed)
     mask, costs = rollout.mask, torch.zeros_like(rollout.kl) if costs is None else costs
     value = ValueNet(rollout.hidden.size(-1), width).to(mask.device)
@@ -61,11 +62,11 @@ def train(model, rollout, rewards, seed=0, log=None, costs=None, **settings):
     def bellman_error(rows):
         return value_loss(value, rollout.hidden[rows], rewards[rows], mask[rows], lam, costs[rows])
 
-    descend(value, bellman_error, len(rewards), log=log, **settings)
-    if lift:
+    descend(value, bellman_error, len(rewards), log=log and partial(log, "V"), **settings)
+    if draws:
         advantage = advantages(value(rollout.hidden), rollout.earned, rewards, mask, lam, costs)
-        fit = fit_line if lift == "line" else fit_lift
-        value.lift = fit(model, value, rollout, advantage, **settings)
+        fit = fit_lift if draws == "net" else fit_line
+        value.lift = fit(model, value, rollout, advantage, log=log and partial(log, "A"), **settings)
     return value.requires_grad_(False)
 
 
@@ -155,7 +156,7 @@ def line(value, w):
     return net
 
 
-def improve(model, control, rollout, rewards, first, nats, settings, radius=1.0, seed=0, log=None):
+def improve(model, control, rollout, rewards, first, nats, settings, radius=3.0, seed=0, log=None):
     """
     A round of soft policy iteration: `control` and texts drawn under it -> the next Controller.
 
@@ -267,7 +268,7 @@ def main(argv=None):
               f"standard deviation {rewards.std():.3f}{cost}")
         first = first or rollout
         control = improve(model, control, rollout, rewards, first, args.nats, settings, seed=args.seed,
-                          log=lambda epoch, loss: print(f"epoch {epoch + 1:2d}  Bellman error {loss:.4f}"))
+                          log=lambda net, epoch, loss: print(f"{net}  epoch {epoch + 1:2d}  squared error {loss:.4f}"))
     trained, value = time.time(), control.value
     held_out, outcome, _ = rolled(args.held_out, args.seed + 1, "held-out rollouts", record=True)
     report(value, held_out, outcome)

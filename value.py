@@ -53,7 +53,7 @@ from model import (DTYPES, GPT, PUBLIC, InputError, find, read_config, read_head
 class ValueNet(nn.Module):
     """V(h) = w2 . phi(W1 x + b1) + b2, x = (h - mean) / std, phi = tanh. Always float32."""
 
-    def __init__(self, n_embd, width, lift=False):
+    def __init__(self, n_embd, width, lift=0):
         super().__init__()
         self.w1 = nn.Parameter(torch.randn(width, n_embd) / math.sqrt(n_embd))
         self.b1 = nn.Parameter(torch.zeros(width))
@@ -61,7 +61,7 @@ class ValueNet(nn.Module):
         self.b2 = nn.Parameter(torch.zeros(()))
         self.register_buffer("mean", torch.zeros(n_embd))      # of the training states
         self.register_buffer("std", torch.ones(n_embd))
-        self.lift = ValueNet(n_embd, width) if lift else None  # A; without one V itself is climbed
+        self.lift = ValueNet(n_embd, lift) if lift else None   # A, so wide; without one V itself is climbed
         self.info = {}                                         # what it was trained on, saved along
 
     @property
@@ -129,7 +129,8 @@ class ValueNet(nn.Module):
 
     def save(self, path, **info):
         """Write a .safetensors that carries its configuration; whole or not at all."""
-        info = {"n_embd": self.w1.size(1), "width": self.w1.size(0), "lift": bool(self.lift), **self.info, **info}
+        info = {"n_embd": self.w1.size(1), "width": len(self.w2), "lift": len(self.lift.w2) if self.lift else 0,
+                **self.info, **info}
         metadata = {"nanocontrol": json.dumps(info)}
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -1,15 +1,20 @@
 """
 One setting changed at a time: what the control owes to each.
 
-    python tests/ablate.py                                   # the tiny model, three minutes on two cores
-    python tests/ablate.py --model path/to/imdb-mini --prompts train.txt --test tests/openings.txt --radius 1
+    python tests/ablate.py                                   # the tiny model, five minutes on two cores
+    python tests/ablate.py --model path/to/imdb-mini --prompts train.txt --test tests/openings.txt
 
 The rows are those of tests/compare.py at the first budget of --kl, with V's own fit at the end: R^2 of V
 against the exact value on the tiny model, elsewhere 1 - (squared error to the outcome) / (its variance) on
-the uncontrolled test texts. `one net`: V is climbed itself,
-its gradient weighs `gain` times in Q. Form A is another way to train one net, `weight` that of its second term:
+the uncontrolled test texts.
 
-    mean delta^2 + gain mean ||dV/dx - psi_x delta||^2 / mean ||psi_x||^2,   delta = target - V
+    V alone foretells     the text so far has no say in the advantages
+    no imagined draws     M is the moment of the real draws alone, and a little of the identity
+    not white             W1 trained as it is
+    B, gain g             no A: one net, V climbed itself, fitted as  V + gain dV/dx . psi_x = target
+    A, weight w           no A: one net, fitted with  delta = target - V  to
+                          mean delta^2 + w mean ||dV/dx - psi_x delta||^2 / mean ||psi_x||^2
+    excitation e          rollouts whose states are moved at random, up to e standard deviations
 """
 import sys
 from dataclasses import replace
@@ -23,36 +28,69 @@ import compare                                                                  
 import sample                                                                         # noqa: E402
 import train_value                                                                    # noqa: E402
 from control import Controller, step_for_kl                                           # noqa: E402
-from value import bellman_targets, value_loss                                         # noqa: E402
+from value import ValueNet, bellman_targets                                           # noqa: E402
 
-ALONE = dict(lift=False, epochs=5, rate=0.03)      # what was best for one net that is both V and A
-TRAINED = [("lam 0", {"lam": 0.0}), ("lam 0.5", {"lam": 0.5}), ("lam 0.95", {"lam": 0.95}),
-           *[(f"one net, gain {gain:g}", {**ALONE, "gain": gain}) for gain in (1.0, 3.0, 10.0, 30.0, 100.0)], ("raw states", {"standardised": False}),
-           ("no decay", {"decay": 0.0}), ("width 16", {"width": 16}), ("width 256", {"width": 256})]
+TRAINED = [("lam 0", {"lam": 0.0}), ("lam 0.5", {"lam": 0.5}), ("lam 0.95", {"lam": 0.95}), ("lam 1", {"lam": 1.0}),
+           ("one direction", {"draws": "line"}), ("raw states", {"standardised": False}), ("no decay", {"decay": 0.0}),
+           ("width 16", {"width": 16}), ("width 256", {"width": 256})]
 ASCENDED = [("5 steps", {"steps": 5}), ("30 steps", {"steps": 30}), ("radius 0.1", {"radius": 0.1}),
-            ("radius 0.3", {"radius": 0.3}), ("no ball", {"radius": float("inf")})]
+            ("radius 0.3", {"radius": 0.3}), ("radius 1", {"radius": 1.0})]
 
 
-def form_a(value, hidden, psi, rewards, mask, lam, gain, costs=None):
-    """In the place of value_loss."""
-    v = value(hidden)
-    delta = (bellman_targets(v.detach(), rewards, mask, lam, costs) - v)[mask]
-    psi = (value.std * psi)[mask]
-    gap = value.gradient(hidden)[mask] - psi * delta.detach()[:, None]
-    return delta.square().mean() + gain * gap.square().sum(-1).mean() / psi.square().sum(-1).mean()
+def form_a(value, hidden, psi, targets, weight):
+    """hidden, psi (states, n_embd), targets (states,) -> the loss"""
+    delta, psi = targets - value(hidden), value.std * psi
+    gap = value.gradient(hidden) - psi * delta.detach()[:, None]
+    return delta.square().mean() + weight * gap.square().sum(-1).mean() / psi.square().sum(-1).mean()
+
+
+def form_b(value, hidden, psi, targets, gain):
+    """The same for the other form."""
+    return (value(hidden) + gain * value.worth(hidden, psi) - targets).square().mean()
+
+
+def one_net(form, weight, rollout, rewards, lam=0.95, width=64):
+    """V whose own gradient is trained on the draws; epochs, rate and decay that were best for B."""
+    torch.manual_seed(0)
+    hidden, psi, mask = rollout.hidden, rollout.psi, rollout.mask
+    value = ValueNet(hidden.size(-1), width).to(mask.device)
+    value.b2.data.fill_(rewards.mean())
+    value.standardise(hidden[mask])
+
+    def loss(rows):
+        seen = mask[rows]
+        targets = bellman_targets(value(hidden[rows]).detach(), rewards[rows], seen, lam)
+        return form(value, hidden[rows][seen], psi[rows][seen], targets[seen], weight)
+
+    train_value.descend(value, loss, len(rewards), epochs=5, rate=0.03, decay=1.0)
+    return value.requires_grad_(False)
+
+
+def real_draws(psi, embedding):
+    """In the place of draw_metric: without a little of the identity it has no inverse."""
+    M = psi.T @ psi / len(psi)
+    return M + 0.01 * M.diag().mean() * torch.eye(len(M), device=M.device)
+
+
+class Raw(torch.nn.Module):
+    """In the place of Whitened."""
+    def __init__(self, T):
+        super().__init__()
+
+    def forward(self, B):
+        return B.clone()
 
 
 def main(argv=None):
     args = compare.parse_args(argv)
-    nats = float(args.kl.split(",")[0])
+    nats, size = float(args.kl.split(",")[0]), max(args.sizes)
     model, encoder, asked, prompts = sample.load(args)
     tests = prompts
     if args.test:
         asked, tests = sample.encode_prompts(model, encoder, sample.read_prompts(args.test), args.tokens)
     table = compare.Table(args, model, encoder, tests, asked)
-    rollout, rewards, _ = table.roll_out(prompts, args.rollouts, args.seed, record=True)
+    texts = rollout, rewards = compare.learn_from(args, table, model, encoder, prompts)
     seen, outcome, _ = table.roll_out(tests, args.samples * len(tests), args.test_seed, record=True)
-    settings = train_value.METHODS["q"]
 
     def fit(value):
         if table.exact:
@@ -61,31 +99,39 @@ def main(argv=None):
         error = (value(seen.hidden)[seen.mask] - returns).square().mean() / returns.var(correction=0)
         return f"   V's fit {1 - error.item():.4f}"
 
-    def row(label, texts=(rollout, rewards), loss=value_loss, ascent={}, **changed):
-        train_value.value_loss = loss
-        value = train_value.train(*texts, **{**settings, **changed}, seed=args.seed)
+    def row(label, value=None, texts=texts, ascent={}, patch={}, **changed):
+        before = {name: getattr(train_value, name) for name in patch}
+        vars(train_value).update(patch)
+        settings = {**train_value.METHODS["q"], **changed}
+        value = value or train_value.train(model, *texts, **settings, seed=args.seed)
+        vars(train_value).update(before)
         control = replace(Controller(value, radius=args.radius), **ascent)
         try:
             control.step_size = step_for_kl(model, control, rollout, nats)
         except sample.InputError as error:
-            print(f"{label:20}{str(error).split(':')[0]}{fit(value)}", flush=True)
+            print(f"{label:24}{str(error).split(':')[0]}{fit(value)}", flush=True)
             return
         table.row(label, control.step_size, note=fit(value), control=control)
 
     row("q as it is")
     for label, changed in TRAINED:
         row(label, **changed)
+    row("V alone foretells", texts=(replace(rollout, earned=torch.zeros_like(rollout.earned)), rewards))
+    row("no imagined draws", patch={"draw_metric": real_draws})
+    row("not white", patch={"Whitened": Raw})
+    for gain in (0.0, 1.0, 10.0, 100.0):
+        row(f"B, gain {gain:g}", value=one_net(form_b, gain, *texts))
     for weight in (0.3, 1.0, 3.0, 10.0):
-        row(f"form A, weight {weight:g}", loss=form_a, **{**ALONE, "gain": weight})
+        row(f"A, weight {weight:g}", value=one_net(form_a, weight, *texts))
     for part in (16, 4):
-        few = args.rollouts // part
-        row(f"{few} rollouts", (rollout.pick(slice(few)), rewards[:few]))
+        few = size // part
+        row(f"{few} rollouts", texts=(rollout.pick(slice(few)), rewards[:few]))
     torch.manual_seed(args.seed)
-    for size in (0.03, 0.1, 0.3):
-        excited = table.roll_out(prompts, args.rollouts, args.seed, record=True,
-                                 control=train_value.excitation(rollout, size))[:2]
-        row(f"excitation {size:g}", excited)
-        row("  and 5 steps", excited, ascent={"steps": 5})
+    for amplitude in (0.03, 0.1, 0.3):
+        excited = table.roll_out(prompts, size, args.seed, record=True,
+                                 control=train_value.excitation(rollout, amplitude))[:2]
+        row(f"excitation {amplitude:g}", texts=excited)
+        row("  and 5 steps", texts=excited, ascent={"steps": 5})
     for label, ascent in ASCENDED:
         row(label, ascent=ascent)
 

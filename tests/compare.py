@@ -38,7 +38,7 @@ import torch.nn.functional as F
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 import sample                                                                         # noqa: E402
-from control import Controller, Guided, bisect, step_for_kl, teacher_force           # noqa: E402
+from control import Controller, Guided, Rollout, dial_for, step_for_kl, teacher_force           # noqa: E402
 from exact import Exact, Tilted                                                       # noqa: E402
 from model import GPT, read_header, read_json                                         # noqa: E402
 from train_value import METHODS, improve, peak_memory, train                          # noqa: E402
@@ -50,10 +50,11 @@ def parse_args(argv):
     add = parser.add_argument
     add("--test", metavar="FILE", help="prompts to report on (default: those of the rollouts, other draws)")
     add("--reward", default="sentiment", help="as in train_value.py")
-    add("--rollouts", type=sample.number(int, 16, 2 ** 31), default=4000, help="texts to learn from, a round")
+    add("--rollouts", default="4000", help="texts to learn from, a round; several numbers: a table for each")
+    add("--keep", metavar="FILE", help="where these texts are kept, for further runs and other rewards")
     add("--samples", type=sample.number(int, 2, 2 ** 31), default=4000, help="texts a test prompt and row")
     add("--kl", default="0.1,0.3,0.8,2", help="budgets aimed at, nats a text")
-    add("--radius", type=sample.number(float, 0, math.inf), default=2.0, help="of the ball; paper has none")
+    add("--radius", type=sample.number(float, 0, math.inf), default=3.0, help="of the ball; paper has none")
     add("--settings", metavar="FILE", help="of training, from tests/tune.py (default: train_value.py's)")
     add("--check", metavar="NAME", help="another reward to print beside, which nothing is trained on")
     add("--methods", default=",".join(METHODS), help="which of " + ", ".join(METHODS))
@@ -66,7 +67,30 @@ def parse_args(argv):
     add("--optimum", type=sample.count, help="uncontrolled texts an opening to estimate the best gain from")
     add("--test-seed", type=sample.number(int, 0, 2 ** 62), default=1000, help="of the draws reported on")
     add("--json", metavar="FILE", help="write every text and figure there")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.sizes = [int(n) for n in args.rollouts.split(",") if n.isdigit() and 16 <= int(n) < 2 ** 31]
+    if len(args.sizes) < len(args.rollouts.split(",")):
+        raise sample.InputError("--rollouts takes numbers from 16 on, commas between")
+    return args
+
+
+def learn_from(args, table, model, encoder, prompts):
+    """The most rollouts asked for -> (Rollout, rewards): drawn, or those of --keep, scored by --reward."""
+    asked = {"model": str(args.model), "prompts": prompts, "seed": args.seed, "tokens": args.tokens,
+             "rollouts": max(args.sizes)}
+    if not args.keep or not Path(args.keep).is_file():
+        rollout, rewards, _ = table.roll_out(prompts, max(args.sizes), args.seed, record=True,
+                                             progress=sample.progress("rollouts"))
+        if args.keep:
+            torch.save((asked, vars(rollout)), args.keep)
+        return rollout, rewards
+    kept, columns = torch.load(args.keep)
+    if kept != asked:
+        raise sample.InputError(f"{args.keep}: other rollouts than those asked for; choose another --keep")
+    rollout, prompts = Rollout(**columns), [prompts[i % len(prompts)] for i in range(max(args.sizes))]
+    rewards = table.reward(sample.decode(encoder, prompts, rollout, model.config.eos_token_id))
+    rollout.earned = sample.score_beginnings(encoder, table.reward, prompts, rollout)
+    return rollout, torch.tensor(rewards)
 
 
 class Table:
@@ -79,7 +103,7 @@ class Table:
         self.clusters = None if toy else [i % len(prompts) for i in range(args.samples * len(prompts))]
         self.results, self.figures, self.frontier = {}, {}, None
         print(f"{len(prompts)} openings x {args.samples} samples a row, {args.rollouts} rollouts of {args.tokens} "
-              f"tokens, seeds {args.seed} and {args.test_seed}\n\n{'method':20}{'step':>8}{'KL':>7}{'a token':>8}"
+              f"tokens, seeds {args.seed} and {args.test_seed}\n\n{'method':24}{'step':>8}{'KL':>7}{'a token':>8}"
               f"{'reward':>8}  {'gain':16}{'>0':>5}{'ppl':>8}{'div':>6}  {'distinct-1/2/3':17}{'tok/s':>7}{'fwd':>5}"
               f"{'  check' if args.check else ''}{'  share' if toy or args.optimum else ''}")
         base, earned = self.row("uncontrolled", record=toy)
@@ -117,7 +141,7 @@ class Table:
         if self.frontier:
             f["share"], f["share_error"] = (x / self.frontier.best(f["kl_text"]) for x in (gain, error))
             tail += f"  {f['share']:.3f} +- {f['share_error']:.3f}"
-        print(f"{label:20}{step:8.2f}{f['kl_text']:7.3f}{f['kl_token']:8.4f}{f['reward']:8.3f}  {cells:16}"
+        print(f"{label:24}{step:8.2f}{f['kl_text']:7.3f}{f['kl_token']:8.4f}{f['reward']:8.3f}  {cells:16}"
               f"{f['positive']:5.2f}{f['perplexity']:8.2f}{f['diversity']:6.3f}  "
               + f"{'/'.join(f'''{f[f'distinct_{n}']:.3f}''' for n in (1, 2, 3)):17}"
               + f"{f['tokens_per_second']:7.0f}{f['forwards']:5d}{tail}{note}", flush=True)
@@ -152,41 +176,42 @@ def main(argv=None):
     if args.test:
         asked, tests = sample.encode_prompts(model, encoder, sample.read_prompts(args.test), args.tokens)
     table, started = Table(args, model, encoder, tests, asked), time.perf_counter()
-    first, rewards, _ = table.roll_out(prompts, args.rollouts, args.seed, record=True,
-                                       progress=sample.progress("rollouts"))
+    everything, all_rewards = learn_from(args, table, model, encoder, prompts)
     costs, fits = {"rollouts": (time.perf_counter() - started, 0)}, []
-    for method in methods:
-        started = time.perf_counter()
-        value = train(model, first, rewards, **settings[method], seed=args.seed)
-        costs[method] = time.perf_counter() - started, sum(p.numel() for p in value.parameters())
-        fits.append(f"{method} {table.exact.r_squared(value, table.results['uncontrolled'][0]):.4f}"
-                    if table.exact else "")
-        ball = args.radius if settings[method].get("standardised") else math.inf
-        for nats in map(float, budgets):
-            control = Controller(value, radius=ball)
-            control.step_size = step_for_kl(model, control, first, nats)
-            table.row(f"{method} {nats:g}", control.step_size, control=control)
-            if method == args.guide and nats == float(budgets[0]):
-                guide = control
-            if args.rounds > 1 and "lift" in settings[method]:
-                for i in range(1, args.rounds):
-                    texts = table.roll_out(prompts, args.rollouts, args.seed + 10_000 * i, record=True,
-                                           control=control)
-                    control = improve(model, control, *texts[:2], first, nats, settings[method], ball, args.seed)
-                table.row(f"{method} {nats:g}, {args.rounds} rounds", control.step_size, control=control)
+    for size in args.sizes:
+        note = f", {size} rollouts" * (len(args.sizes) > 1)
+        first, rewards = everything.pick(slice(size)), all_rewards[:size]
+        for method in methods:
+            started = time.perf_counter()
+            value = train(model, first, rewards, **settings[method], seed=args.seed)
+            costs[method + note] = time.perf_counter() - started, sum(p.numel() for p in value.parameters())
+            fits += [f"{method}{note} {table.exact.r_squared(value, table.results['uncontrolled'][0]):.4f}"
+                     ] if table.exact else []
+            ball = args.radius if settings[method].get("standardised") else math.inf
+            for nats in map(float, budgets):
+                control = Controller(value, radius=ball)
+                control.step_size = step_for_kl(model, control, first, nats)
+                table.row(f"{method} {nats:g}{note}", control.step_size, control=control)
+                if method == args.guide and nats == float(budgets[0]):
+                    guide = control
+                if args.rounds > 1 and "draws" in settings[method]:
+                    for i in range(1, args.rounds):
+                        texts = table.roll_out(prompts, size, args.seed + 10_000 * i, record=True, control=control)
+                        control = improve(model, control, *texts[:2], first, nats, settings[method], ball, args.seed)
+                    table.row(f"{method} {nats:g}, {args.rounds} rounds{note}", control.step_size, control=control)
     own_kl(args, table, prompts, guide if args.guide in methods else None, list(map(float, budgets)))
     if tuned:
         table.row("tuned", gpt=tuned)
         cost = json.loads(read_header(Path(args.tuned) / "model.safetensors")[1]["cost"])
         costs["tuned"] = cost["seconds"], cost["parameters"]
-    print("\npreparation      seconds  parameters")
+    print(f"\n{'preparation':24}   seconds  parameters")
     for label, (seconds, parameters) in costs.items():
-        print(f"{label:14}{seconds:10.1f}{parameters:12,}")
+        print(f"{label:24}{seconds:10.1f}{parameters:12,}")
     print(f"peak memory {peak_memory(model.wte.weight.device):.0f} MiB"
           + (f"; of the tuning {cost['memory']:.0f} MiB" if tuned else ""))
     if table.exact:
         print("\nR^2 of V against the exact value:  " + "   ".join(fits))
-    table.show_texts(f"{methods[0]} {float(budgets[len(budgets) // 2]):g}")
+    table.show_texts(f"{methods[0]} {float(budgets[len(budgets) // 2]):g}{note}")
     if args.json:
         sample.write_json(args.json, {**vars(args), "preparation": costs},
                           [asked[i % len(asked)] for i in range(args.samples * len(asked))],
@@ -228,7 +253,7 @@ class Witness(Guided):
         def cost(step_size):
             log_q = (log_p + step_size * gains).log_softmax(-1)
             return (log_q.exp() * (log_q - log_p)).sum().item() / len(mask)
-        return bisect(cost, nats)
+        return dial_for(cost, nats)
 
 
 if __name__ == "__main__":

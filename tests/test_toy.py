@@ -104,8 +104,8 @@ def test_files_are_small():
 
 @pytest.fixture(scope="module")
 def nets(toy):
-    *_, trained, rewards, _ = toy
-    return {name: train(trained, rewards, **METHODS[name]) for name in ("q", "plain")}
+    model, *_, trained, rewards, _ = toy
+    return {name: train(model, trained, rewards, **METHODS[name]) for name in ("q", "plain")}
 
 
 def test_v_is_the_exact_value(toy, nets):

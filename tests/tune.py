@@ -2,11 +2,11 @@
 Choose each method's settings with equal care: as many random tries each, from the same ranges.
 
     python tests/tune.py                                     # on the tiny model
-    python tests/tune.py --model path/to/imdb-mini --prompts train.txt --rollouts 6000 --json out/reviews.json
+    python tests/tune.py --model path/to/imdb-mini --prompts train.txt --dev dev.txt --rollouts 9600
 
 The best try of each method goes to --json, for tests/compare.py --settings.
 
-A try is trained on one set of rollouts and scored on another, of other draws:
+A try is trained on one set of rollouts and scored on another, of other draws and, with --dev, other prompts:
 
     gain    of one step that costs --nats a text, E[sum_t psi_t . u_t (R - earned_t)]: the first-order effect of u on the
             draws, at the exact KL of the step (control.step_for_kl)
@@ -58,6 +58,7 @@ def main(argv=None):
     add("--reward", default="sentiment", help="as in train_value.py")
     add("--rollouts", type=sample.number(int, 16, 2 ** 31), default=4000, help="texts to learn from")
     add("--held-out", type=sample.number(int, 16, 2 ** 31), default=4000, help="texts to score on")
+    add("--dev", metavar="FILE", help="prompts to score on (default: those of the rollouts, other draws)")
     add("--nats", type=sample.number(float, 1e-3, 100), default=0.5, help="a text: the budget to be good at")
     add("--tries", type=sample.count, default=32, help="a method")
     add("--methods", default=",".join(METHODS), help="which of " + ", ".join(METHODS))
@@ -68,10 +69,11 @@ def main(argv=None):
         raise sample.InputError("--methods takes " + ",".join(METHODS) + ", commas between")
     model, encoder, _, prompts = sample.load(args)
     reward = load_reward(args.reward, args.device)
+    dev = sample.encode_prompts(model, encoder, sample.read_prompts(args.dev), args.tokens)[1] if args.dev else prompts
     (rollout, rewards, _), (held_out, outcome, _) = [
-        roll_out(model, encoder, reward, prompts, samples, args.tokens, seed, batch=args.batch, record=True,
+        roll_out(model, encoder, reward, openings, samples, args.tokens, seed, batch=args.batch, record=True,
                  progress=sample.progress("rollouts"))
-        for samples, seed in ((args.rollouts, args.seed), (args.held_out, args.seed + 1))]
+        for openings, samples, seed in ((prompts, args.rollouts, args.seed), (dev, args.held_out, args.seed + 1))]
     best = {}
     for method in args.methods.split(","):
         tried = []
