@@ -156,7 +156,7 @@ def line(value, w):
     return net
 
 
-def improve(model, control, rollout, rewards, first, nats, settings, radius=3.0, seed=0, log=None):
+def improve(model, control, rollout, rewards, first, nats, settings, radius=10.0, seed=0, log=None):
     """
     A round of soft policy iteration: `control` and texts drawn under it -> the next Controller.
 

@@ -344,14 +344,14 @@ class RewardModel:
         """texts -> scores. All of a text is text: "<|endoftext|>" in it is no token."""
         return self.rate([self.encoder.encode_ordinary(text) for text in texts])
 
-    def rate(self, rows):
+    def rate(self, rows, batch=64):
         """[[token, ..], ..] -> scores; the beginnings of texts longer than the context are cut."""
         context = self.gpt.config.n_positions
         if long := sum(len(row) > context for row in rows):
             print(f"warning: {long} texts of more than {context} tokens; the reward model reads their last "
                   f"{context}", file=sys.stderr)
-        return [scores[-1] for scores in self.along([row[-context:] or [self.gpt.config.eos_token_id]
-                                                     for row in rows])]
+        rows = [row[-context:] or [self.gpt.config.eos_token_id] for row in rows]
+        return [scores[-1] for scores in self.along(rows, batch)]
 
     @torch.no_grad()
     def along(self, rows, batch=64):

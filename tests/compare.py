@@ -54,7 +54,7 @@ def parse_args(argv):
     add("--keep", metavar="FILE", help="where these texts are kept, for further runs and other rewards")
     add("--samples", type=sample.number(int, 2, 2 ** 31), default=4000, help="texts a test prompt and row")
     add("--kl", default="0.1,0.3,0.8,2", help="budgets aimed at, nats a text")
-    add("--radius", type=sample.number(float, 0, math.inf), default=3.0, help="of the ball; paper has none")
+    add("--radius", type=sample.number(float, 0, math.inf), default=10.0, help="of the ball; paper has none")
     add("--settings", metavar="FILE", help="of training, from tests/tune.py (default: train_value.py's)")
     add("--check", metavar="NAME", help="another reward to print beside, which nothing is trained on")
     add("--methods", default=",".join(METHODS), help="which of " + ", ".join(METHODS))
@@ -76,18 +76,18 @@ def parse_args(argv):
 
 def learn_from(args, table, model, encoder, prompts):
     """The most rollouts asked for -> (Rollout, rewards): drawn, or those of --keep, scored by --reward."""
-    asked = {"model": str(args.model), "prompts": prompts, "seed": args.seed, "tokens": args.tokens,
-             "rollouts": max(args.sizes)}
+    size, asked = max(args.sizes), {"model": str(args.model), "prompts": prompts, "seed": args.seed,
+                                    "tokens": args.tokens}
     if not args.keep or not Path(args.keep).is_file():
-        rollout, rewards, _ = table.roll_out(prompts, max(args.sizes), args.seed, record=True,
+        rollout, rewards, _ = table.roll_out(prompts, size, args.seed, record=True,
                                              progress=sample.progress("rollouts"))
         if args.keep:
             torch.save((asked, vars(rollout)), args.keep)
         return rollout, rewards
-    kept, columns = torch.load(args.keep)
-    if kept != asked:
+    kept, columns = torch.load(args.keep, mmap=True)
+    if kept != asked or len(columns["mask"]) < size:
         raise sample.InputError(f"{args.keep}: other rollouts than those asked for; choose another --keep")
-    rollout, prompts = Rollout(**columns), [prompts[i % len(prompts)] for i in range(max(args.sizes))]
+    rollout, prompts = Rollout(**columns).pick(slice(size)), [prompts[i % len(prompts)] for i in range(size)]
     rewards = table.reward(sample.decode(encoder, prompts, rollout, model.config.eos_token_id))
     rollout.earned = sample.score_beginnings(encoder, table.reward, prompts, rollout)
     return rollout, torch.tensor(rewards)

@@ -164,7 +164,7 @@ def drawn(encoder, texts):
     tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
     mask = torch.arange(tokens.size(1)) < torch.tensor([[len(row)] for row in rows])
     return control.Rollout(tokens, mask, *[torch.zeros(len(rows), tokens.size(1))] * 5,
-                          *[torch.zeros(len(rows), 0, 1)] * 2)
+                          *[torch.zeros(len(rows), 0, 1)] * 2, torch.zeros(mask.shape))
 
 
 def test_an_answer_ends_where_the_next_turn_begins():
@@ -205,3 +205,19 @@ def test_a_prompt_becomes_a_dialogue(tmp_path, monkeypatch, capsys):
     texts = json.loads((tmp_path / "texts.json").read_text())["controlled"]["texts"]
     assert all(entry["prompt"] == "\n\nHuman: the plot\n\nAssistant:" for entry in texts)
     assert all(entry["text"].startswith(entry["prompt"]) for entry in texts)
+
+
+@pytest.mark.parametrize("first", [[], [2]])
+def test_beginnings_are_scored_as_texts_of_their_own(first, tmp_path):
+    """By a reward model in one pass, and by any other reward text by text."""
+    encoder, classifier = load_tokenizer(TOY), RewardModel(write_classifier(tmp_path / "classifier"))
+    rollout = drawn(encoder, ["the plot was dull", "this cast"])
+    prompts = [[0, *first], [0, *first]]
+    for reward in (classifier, lambda texts: [float(len(text)) for text in texts]):
+        earned = sample.score_beginnings(encoder, reward, prompts, rollout)
+        for row, real, scores in zip(rollout.tokens.tolist(), rollout.mask.sum(1).tolist(), earned):
+            for t in range(real):
+                text = encoder.decode(first + row[:t])
+                if text or reward is not classifier:           # of no text a classifier has no score
+                    assert scores[t].item() == pytest.approx(reward([text])[0], abs=1e-5)
+            assert not scores[real:].any()

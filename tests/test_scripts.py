@@ -27,7 +27,7 @@ HH = SHARED / "hh-rlhf" / "harmless-base-test.jsonl.gz"
 TRAIN = ["--model", str(TOY), "--rollouts", "64", "--held-out", "32", "--epochs", "1",
          "--tokens", "8", "--device", "cpu"]
 SAMPLE = ["--model", str(TOY), "--samples", "2", "--tokens", "8", "--device", "cpu"]
-STRONG = ["--step-size", "50"]       # V of 64 rollouts knows little; this changes the texts anyway
+STRONG = ["--step-size", "2000"]       # V of 64 rollouts knows little; this changes the texts anyway
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +147,8 @@ def test_a_prefix_is_seen_by_the_model_and_by_nothing_else(here, capsys):
 @pytest.mark.parametrize("method", ["base", "control", "guided"])
 @pytest.mark.parametrize("by", ["reward", "value"])
 def test_best_of_n_keeps_the_best(method, by, here, capsys):
-    how = ["--method", method, "--candidates", "5", "--samples", "40", "--only", "--by", by, "--json", "run.json"]
+    how = ["--method", method, "--candidates", "5", "--samples", "40", "--only", "--by", by, "--json", "run.json",
+           "--step-size", "1"]
     label = "controlled" if method == "control" else method
     runs = {}
     for n in (1, 4):

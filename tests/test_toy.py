@@ -146,13 +146,13 @@ def test_kl_of_the_best_of_n():
 
 def test_settings_are_tuned_and_every_method_is_compared(tmp_path, capsys):
     few = ["--model", str(TOY), "--tokens", "12", "--rollouts", "100", "--device", "cpu"]
-    tune.main([*few, "--held-out", "100", "--tries", "2", "--methods", "q,draws", "--json",
+    tune.main([*few, "--held-out", "100", "--tries", "2", "--methods", "q,static", "--json",
                str(tmp_path / "t.json")])
     out = capsys.readouterr().out
     best = json.loads((tmp_path / "t.json").read_text())
-    assert list(best) == ["q", "draws"] and best["q"].keys() == METHODS["q"].keys()
-    scores = [float(line.split()[1]) for line in out.splitlines() if line.startswith("draws") and "+-" in line]
-    assert len(scores) == len(tune.RIDGE) and f"draws {max(scores):7.3f} is the best of {len(scores)}" in out
+    assert list(best) == ["q", "static"] and best["q"].keys() == METHODS["q"].keys()
+    scores = [float(line.split()[1]) for line in out.splitlines() if line.startswith("static") and "+-" in line]
+    assert len(scores) == len(tune.RIDGE) and f"static{max(scores):7.3f} is the best of {len(scores)}" in out
     compare.main([*few, "--samples", "60", "--kl", "0.1,0.2", "--candidates", "5", "--best-of", "3",
                   "--check", "sentiment", "--settings", str(tmp_path / "t.json"), "--prefix", "this music . ",
                   "--rounds", "2", "--json", str(tmp_path / "c.json")])
@@ -162,7 +162,7 @@ def test_settings_are_tuned_and_every_method_is_compared(tmp_path, capsys):
     labels |= {"uncontrolled", "prefix", "q 0.1 + prefix", "best 3 reward", "best 3 V", "q 0.1 + best 3 V"}
     assert set(whole) == {"settings", *labels}
     for label in labels:
-        row, = [line for line in out.splitlines() if line.startswith(f"{label:20}")]
+        row, = [line for line in out.splitlines() if line.startswith(f"{label:24}")]
         f, texts = whole[label]["figures"], whole[label]["texts"]
         assert f"{f['kl_text']:7.3f}{f['kl_token']:8.4f}{f['reward']:8.3f}" in row
         assert f["reward"] == pytest.approx(sum(sentiment([text["text"] for text in texts])) / 120, abs=1e-6)
@@ -171,6 +171,21 @@ def test_settings_are_tuned_and_every_method_is_compared(tmp_path, capsys):
             assert 0.02 < f["kl_text"] < 1
         assert f["forwards"] == (6 if "guided" in label else 3 if "best" in label else 1)
     assert "least likely of the best twentieth" in out and "peak memory" in out
+
+
+def test_rollouts_are_kept_for_further_runs_and_fewer_of_them(tmp_path, capsys):
+    few = ["--model", str(TOY), "--tokens", "8", "--samples", "20", "--kl", "0.1", "--methods", "q", "--device", "cpu"]
+    tables, keep = [], ["--keep", str(tmp_path / "kept.pt")]
+    for rollouts, where in (("60,120", keep), ("60,120", keep), ("120", keep), ("60", [])):
+        compare.main([*few, "--rollouts", rollouts, *where, "--json", str(tmp_path / "c.json")])
+        tables.append(json.loads((tmp_path / "c.json").read_text()))
+    for label in ("q 0.1, 60 rollouts", "q 0.1, 120 rollouts"):
+        assert tables[0][label]["texts"] == tables[1][label]["texts"]
+    assert tables[2]["q 0.1"]["texts"] == tables[0]["q 0.1, 120 rollouts"]["texts"]
+    assert tables[3]["q 0.1"]["texts"] == tables[0]["q 0.1, 60 rollouts"]["texts"]
+    for other in (["--rollouts", "121"], ["--rollouts", "60", "--seed", "1"]):
+        with pytest.raises(sample.InputError, match="other rollouts"):
+            compare.main([*few, *other, *keep])
 
 
 def test_the_optimum_from_samples_is_the_exact_one(toy):
@@ -202,6 +217,6 @@ def test_the_ablation_runs(capsys):
     ablate.main(["--model", str(TOY), "--tokens", "8", "--rollouts", "200", "--samples", "20", "--kl", "0.1",
                  "--device", "cpu"])
     out = capsys.readouterr().out
-    for label in (*dict(ablate.TRAINED), *dict(ablate.ASCENDED), "form A, weight 1", "50 rollouts",
-                  "excitation 0.1"):
+    for label in (*dict(ablate.TRAINED), *dict(ablate.ASCENDED), "A, weight 1", "B, gain 10", "50 rollouts",
+                  "V alone foretells", "no imagined draws", "not white", "excitation 0.1"):
         assert re.search(rf"^{re.escape(label)} .*V's fit -?\d", out, re.M), label
