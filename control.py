@@ -193,9 +193,9 @@ class Sampler:
         self.alive = torch.ones(batch, dtype=torch.bool, device=device)
         self.t = torch.zeros(1, dtype=torch.long, device=device)
         self.uniforms = torch.zeros(batch, n_tokens, device=device)
-        kl, logp, logq, before, after = torch.zeros(5, batch, n_tokens, device=device)
+        kl, logp, logq, before, after, earned = torch.zeros(6, batch, n_tokens, device=device)
         hidden, psi = torch.zeros(2, batch, n_tokens if record else 0, n_embd, device=device)
-        self.out = Rollout(kl.long(), kl.bool(), kl, logp, logq, before, after, hidden, psi, kl.clone())
+        self.out = Rollout(kl.long(), kl.bool(), kl, logp, logq, before, after, hidden, psi, earned)
         self.graphs = {} if device.type == "cuda" else None    # {span: graph}; None: every step eager
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
@@ -485,17 +485,18 @@ def step_for_kl(model, control, rollout, nats, states=1024):
 def dial_for(cost, nats):
     """
     The dial > 0 at which a rising cost(dial) is `nats`, to a thousandth: cost grows about as the dial's
-    square, so the next guess is dial * sqrt(nats / cost), inside a bracket that keeps it safe.
+    square, so the next guess is dial * sqrt(nats / cost), inside a bracket that keeps it safe. After ten
+    guesses, of a cost that levels off or jumps, the bracket alone is trusted.
     """
-    low, high, dial = 0.0, math.inf, 1.0
+    low, high, dial, guesses = 0.0, math.inf, 1.0, 10
     while high > low * (1 + 1e-6):
         spent = cost(dial)
         if abs(spent - nats) < 0.001 * nats:
             break
-        low, high = (dial, high) if spent < nats else (low, dial)
-        if low > 2 ** 30:
+        low, high, guesses = (dial, high, guesses - 1) if spent < nats else (low, dial, guesses - 1)
+        if low > 2 ** 30 or not math.isfinite(spent):
             raise InputError(f"no control costs {nats} nats a text: V is flat or the radius too small; does "
                              f"the reward vary?")
         guess = dial * min(max(nats / max(spent, 1e-30), 1e-3), 1e3) ** 0.5
-        dial = guess if low < guess < high else (low + high) / 2
+        dial = guess if guesses > 0 and low < guess < high else min((low + high) / 2, 2 * dial)
     return dial

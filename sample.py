@@ -112,10 +112,10 @@ def score_beginnings(encoder, reward, prompts, rollout):
     rows = [prompt[1:] + tokens for prompt, tokens in zip(prompts, rollout.tokens.tolist())]
     reads = [range(len(prompt) - 1, len(prompt) - 1 + n)       # how many tokens stood there
              for prompt, n in zip(prompts, rollout.mask.sum(1).tolist())]
-    if isinstance(reward, RewardModel) and reward.encoder.n_vocab == encoder.n_vocab \
+    if isinstance(reward, RewardModel) and reward.encoder._mergeable_ranks == encoder._mergeable_ranks \
             and max(map(len, rows)) <= reward.gpt.config.n_positions:
-        along = reward.along(rows)                             # one pass a text
-        scores = [row[max(n - 1, 0)] for row, read in zip(along, reads) for n in read]
+        along, empty = reward.along(rows), reward([""])[0]     # one pass a text, of the tokens as drawn
+        scores = [row[n - 1] if n else empty for row, read in zip(along, reads) for n in read]
     else:
         scores = reward([encoder.decode(row[:n]) for row, read in zip(rows, reads) for n in read])
     earned = torch.zeros(rollout.mask.shape)
@@ -124,11 +124,11 @@ def score_beginnings(encoder, reward, prompts, rollout):
 
 
 def roll_out(model, encoder, reward, prompts, samples, n_tokens, seed, prefix=(), best_of=1, by="reward",
-             **how):
+             earned=False, **how):
     """
     `samples` texts, the prompts taken in turn -> (Rollout, rewards (N,), texts).
 
-    With `record`, also what is needed for training: states, psi, and the reward of each text's beginnings.
+    With `earned`, the rollout has the reward of each text's beginnings too; `record` is generate's.
     `prefix` tokens come before each prompt, but are no part of the text. `best_of` so many drawn, the one
     of the highest reward is kept, or by "value": of the highest V where its last token was drawn. Then kl
     is log(p_u / p) of what was drawn, p without the prefix, and at a text's first token that of the choice.
@@ -140,7 +140,7 @@ def roll_out(model, encoder, reward, prompts, samples, n_tokens, seed, prefix=()
     end_turns(encoder, rollout)
     texts = decode(encoder, prompts, rollout, model.config.eos_token_id)
     rewards = torch.tensor(reward(texts), device=rollout.mask.device)
-    if how.get("record"):
+    if earned:
         rollout.earned = score_beginnings(encoder, reward, prompts, rollout)
     if prefix:
         rollout.logp = teacher_force(model, prompts, rollout)

@@ -29,7 +29,7 @@ import sample
 from control import Controller, step_for_kl
 from model import InputError
 from sample import Parser, count, number
-from value import ValueNet, advantages, draw_metric, fingerprint, load_reward, value_loss
+from value import ValueNet, advantages, whitening, fingerprint, load_reward, value_loss
 
 # Ours and the baselines. Their settings are those that were best on the tiny language and on film reviews
 # together, of as many tries each (tests/tune.py). One-step targets (lam 0) carry the reward back one
@@ -47,11 +47,24 @@ METHODS = {
 }
 
 
+RADIUS = 10.0      # of the ball: far out, as the budget in nats is what bounds a step
+
+
+def ball(settings, radius=RADIUS):
+    """The radius for a net of these settings: in raw coordinates there is no ball."""
+    return radius if settings.get("standardised") else math.inf
+
+
 def train(model, rollout, rewards, seed=0, log=None, costs=None, **settings):
-    """Rollout of N texts and rewards (N,) -> a frozen ValueNet, by the settings of one of METHODS."""
+    """
+    Rollout of N texts and rewards (N,) -> a frozen ValueNet, by the settings of one of METHODS.
+
+    `draws`: A is a "net" or a "line"; without it V itself is climbed. costs (N, T): see bellman_targets.
+    """
     if "ridge" in settings:
         return fit_static(rollout, rewards, **settings).requires_grad_(False)
-    draws, lam, standardised, width = [settings.pop(name, None) for name in ("draws", "lam", "standardised", "width")]
+    draws, lam, standardised, width = [settings.pop(name, None)
+                                       for name in ("draws", "lam", "standardised", "width")]
     torch.manual_seed(seed)
     mask, costs = rollout.mask, torch.zeros_like(rollout.kl) if costs is None else costs
     value = ValueNet(rollout.hidden.size(-1), width).to(mask.device)
@@ -63,11 +76,13 @@ def train(model, rollout, rewards, seed=0, log=None, costs=None, **settings):
         return value_loss(value, rollout.hidden[rows], rewards[rows], mask[rows], lam, costs[rows])
 
     descend(value, bellman_error, len(rewards), log=log and partial(log, "V"), **settings)
+    value.requires_grad_(False)
     if draws:
         advantage = advantages(value(rollout.hidden), rollout.earned, rewards, mask, lam, costs)
         fit = fit_lift if draws == "net" else fit_line
         value.lift = fit(model, value, rollout, advantage, log=log and partial(log, "A"), **settings)
-    return value.requires_grad_(False)
+        value.lift.requires_grad_(False)
+    return value
 
 
 def descend(net, loss, texts, epochs, rate, decay, batch=64, log=None):
@@ -89,7 +104,7 @@ def descend(net, loss, texts, epochs, rate, decay, batch=64, log=None):
             schedule.step()
             total += error.item() * len(rows) / texts
         if not math.isfinite(total):
-            raise InputError(f"V diverged in epoch {epoch + 1}; choose a smaller --rate")
+            raise InputError(f"training diverged in epoch {epoch + 1}; choose a smaller --rate")
         if log:
             log(epoch, total)
 
@@ -108,18 +123,17 @@ def fit_lift(model, value, rollout, advantage, **settings):
     """
     A, as wide as V: the net whose dA/dx . psi_x is least far from the advantages (N, T) of the draws.
 
-    psi is a hundred times larger in some directions than in others, and AdamW, like u, would favour these. So
-    W1 = B T, and B is what is trained: T = M^-1/2, up to a factor, makes psi alike in all directions.
+    psi is a hundred times larger in some directions than in others, and AdamW would favour these. So W1 = B T,
+    and B is what is trained: T makes draws, real and imagined, alike in all directions.
     """
     mask, lift = rollout.mask, value.beside(len(value.w2))
-    M = draw_metric(value.std * rollout.psi[mask], value.std * model.wte.weight.float())
-    sizes, axes = torch.linalg.eigh(M.double())
-    T = (axes / sizes.sqrt() @ axes.T).float()
+    T = whitening(value.std * rollout.psi[mask], value.std * model.wte.weight.float())
     T /= ((rollout.hidden[mask] - value.mean) / value.std @ T).std(0).mean()          # of x T: about 1
     parametrize.register_parametrization(lift, "w1", Whitened(T))
 
     def error(rows):
-        return (lift.worth(rollout.hidden[rows], rollout.psi[rows]) - advantage[rows])[mask[rows]].square().mean()
+        worth = lift.worth(rollout.hidden[rows], rollout.psi[rows])
+        return (worth - advantage[rows])[mask[rows]].square().mean()
 
     descend(lift, error, len(mask), **settings)
     parametrize.remove_parametrizations(lift, "w1")            # W1 = B T from now on
@@ -127,11 +141,13 @@ def fit_lift(model, value, rollout, advantage, **settings):
 
 
 def fit_line(model, value, rollout, advantage, **_):
-    """A(h) = w . x, one direction for all states: least squares of the advantages (N, T) on psi_x."""
+    """
+    A(h) = w . x, one direction for all states: least squares of the advantages (N, T) on psi_x, and of 0 on
+    the imagined draws.
+    """
     psi = value.std * rollout.psi[rollout.mask]                # (states, n_embd)
-    M = draw_metric(psi, value.std * model.wte.weight.float())
-    w = torch.linalg.solve(M, psi.T @ advantage[rollout.mask] / len(psi))
-    return line(value, w)
+    T = whitening(psi, value.std * model.wte.weight.float())
+    return line(value, T @ (T @ (psi.T @ advantage[rollout.mask])) / len(psi))
 
 
 def fit_static(rollout, rewards, ridge):
@@ -151,25 +167,25 @@ def fit_static(rollout, rewards, ridge):
 def line(value, w):
     """A ValueNet w . x in the coordinates of another: one tanh, far from bending."""
     net = value.beside(1)
-    net.w1.data[0] = 1e-3 * w / w.norm()
-    net.w2.data[0] = 1e3 * w.norm()
+    size = w.norm().clamp(min=1e-30)
+    net.w1.data[0], net.w2.data[0] = 1e-3 * w / size, 1e3 * size
     return net
 
 
-def improve(model, control, rollout, rewards, first, nats, settings, radius=10.0, seed=0, log=None):
+def improve(model, control, rollout, rewards, first, nats, settings, radius=RADIUS, seed=0, log=None):
     """
     A round of soft policy iteration: `control` and texts drawn under it -> the next Controller.
 
     Evaluation: V and A of the reward less beta KL, beta = 1 / step_size, the exchange rate at which this
     control is optimal (without the KL V would call for ever more of it). Improvement: one step on the new
-    V, at the size that costs `nats` a text on the states of the `first`, uncontrolled texts. In the first
+    A, at the size that costs `nats` a text on the states of the `first` texts, uncontrolled ones. In the first
     round `control` is None, or an excitation, which costs nothing here: it is no policy.
     """
     costs = None
     if control is not None and not control.excitation:
         costs = rollout.kl / control.step_size
     value = train(model, rollout, rewards, seed=seed, log=log, costs=costs, **settings)
-    control = Controller(value, radius=radius if settings.get("standardised") else math.inf)
+    control = Controller(value, radius=ball(settings, radius))
     control.step_size = step_for_kl(model, control, first, nats)
     return control
 
@@ -261,12 +277,12 @@ def main(argv=None):
         control = excitation(rolled(args.batch, args.seed, "pilot", record=True)[0], args.excitation)
     for i in range(args.rounds):
         before = time.time()
-        rollout, rewards, _ = rolled(args.rollouts, args.seed + 10_000 * i, "rollouts", record=True, control=control)
+        rollout, rewards, _ = rolled(args.rollouts, args.seed + 10_000 * i, "rollouts", record=True, earned=True, control=control)
         rolling += time.time() - before
         cost = f", KL {sample.figures(rollout, rewards)['kl_text']:.3f} nats a text" * (control is not None)
         print(f"{args.rollouts} rollouts of {args.tokens} tokens: mean reward {rewards.mean():.3f}, "
               f"standard deviation {rewards.std():.3f}{cost}")
-        first = first or rollout
+        first = rollout if first is None else first
         control = improve(model, control, rollout, rewards, first, args.nats, settings, seed=args.seed,
                           log=lambda net, epoch, loss: print(f"{net}  epoch {epoch + 1:2d}  squared error {loss:.4f}"))
     trained, value = time.time(), control.value

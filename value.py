@@ -11,6 +11,8 @@ Perspective" (arXiv 2406.05954), its value function.
     values  V(h_t)                                                            (B, T)
     mask    True where t < L, the text's own length in tokens                 (B, T)
     psi     W[y_t] - E_p[W], p the distribution y_t was drawn from; E[psi]=0  (B, T, n_embd)
+    lift    A(h_t), a second net: its slope along psi is the worth of y_t     (B, T)
+    earned  reward of the text before y_t, known while learning               (B, T)
     x       (h - mean) / std; then u = std * u_x, dA/dx = std * dA/dh and psi_x = std * psi
 
 The half of the equation the paper leaves out. Control acts only on the draw, p_u(y) ~ exp(w_y.(h+u)),
@@ -210,16 +212,19 @@ def advantages(values, earned, rewards, mask, lam, costs=None):
     return torch.where(mask, bellman_targets(forecast, rewards, mask, lam, costs) - forecast, 0.0)
 
 
-def draw_metric(psi, embedding):
+def whitening(psi, embedding):
     """
-    Second moment M (n_embd, n_embd) of psi (states, n_embd), over the real draws and as many imagined ones
-    of a token chosen blindly from embedding W (n_vocab, n_embd), worth nothing.
+    psi (states, n_embd), embedding W (n_vocab, n_embd) -> T = M^-1/2 (n_embd, n_embd), symmetric.
 
-    Tokens that are hardly ever drawn have no say in what A learns; without the imagined draws, what the
-    others have taught it would throw some of them up.
+    M is the second moment of psi over the real draws and as many imagined ones, of tokens chosen blindly from
+    W. Tokens hardly ever drawn have no say in what A learns: without the imagined draws the directions that
+    only such tokens have would be free, and ascent would go there.
     """
     blind = embedding - embedding.mean(0)
-    return psi.T @ psi / len(psi) + blind.T @ blind / len(blind)
+    M = psi.T @ psi / len(psi) + blind.T @ blind / len(blind)
+    sizes, axes = torch.linalg.eigh(M.double())
+    sizes = sizes.clamp(min=1e-10 * sizes.max().item())        # where no draw, real or imagined, goes
+    return ((axes / sizes.sqrt()) @ axes.T).float()
 
 
 # ------------------------------------------------------------------------------------------- files

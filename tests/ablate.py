@@ -9,10 +9,10 @@ against the exact value on the tiny model, elsewhere 1 - (squared error to the o
 the uncontrolled test texts.
 
     V alone foretells     the text so far has no say in the advantages
-    no imagined draws     M is the moment of the real draws alone, and a little of the identity
+    no imagined draws     M is the moment of the real draws alone, 1% of the identity aside
     not white             W1 trained as it is
-    B, gain g             no A: one net, V climbed itself, fitted as  V + gain dV/dx . psi_x = target
-    A, weight w           no A: one net, fitted with  delta = target - V  to
+    Q loss, gain g        no A: one net, V climbed itself, fitted as  V + g dV/dx . psi_x = target
+    slope loss, weight w  no A: one net, fitted with  delta = target - V  to
                           mean delta^2 + w mean ||dV/dx - psi_x delta||^2 / mean ||psi_x||^2
     excitation e          rollouts whose states are moved at random, up to e standard deviations
 """
@@ -28,7 +28,7 @@ import compare                                                                  
 import sample                                                                         # noqa: E402
 import train_value                                                                    # noqa: E402
 from control import Controller, step_for_kl                                           # noqa: E402
-from value import ValueNet, bellman_targets                                           # noqa: E402
+from value import ValueNet, bellman_targets, whitening                                           # noqa: E402
 
 TRAINED = [("lam 0", {"lam": 0.0}), ("lam 0.5", {"lam": 0.5}), ("lam 0.95", {"lam": 0.95}), ("lam 1", {"lam": 1.0}),
            ("one direction", {"draws": "line"}), ("raw states", {"standardised": False}), ("no decay", {"decay": 0.0}),
@@ -37,20 +37,20 @@ ASCENDED = [("5 steps", {"steps": 5}), ("30 steps", {"steps": 30}), ("radius 0.1
             ("radius 0.3", {"radius": 0.3}), ("radius 1", {"radius": 1.0})]
 
 
-def form_a(value, hidden, psi, targets, weight):
+def slope_loss(value, hidden, psi, targets, weight):
     """hidden, psi (states, n_embd), targets (states,) -> the loss"""
     delta, psi = targets - value(hidden), value.std * psi
     gap = value.gradient(hidden) - psi * delta.detach()[:, None]
     return delta.square().mean() + weight * gap.square().sum(-1).mean() / psi.square().sum(-1).mean()
 
 
-def form_b(value, hidden, psi, targets, gain):
-    """The same for the other form."""
+def q_loss(value, hidden, psi, targets, gain):
+    """The loss of Q = V + gain dV/dx . psi_x, likewise."""
     return (value(hidden) + gain * value.worth(hidden, psi) - targets).square().mean()
 
 
 def one_net(form, weight, rollout, rewards, lam=0.95, width=64):
-    """V whose own gradient is trained on the draws; epochs, rate and decay that were best for B."""
+    """V whose own gradient is trained on the draws; epochs, rate and decay that were best for q_loss."""
     torch.manual_seed(0)
     hidden, psi, mask = rollout.hidden, rollout.psi, rollout.mask
     value = ValueNet(hidden.size(-1), width).to(mask.device)
@@ -67,18 +67,9 @@ def one_net(form, weight, rollout, rewards, lam=0.95, width=64):
 
 
 def real_draws(psi, embedding):
-    """In the place of draw_metric: without a little of the identity it has no inverse."""
-    M = psi.T @ psi / len(psi)
-    return M + 0.01 * M.diag().mean() * torch.eye(len(M), device=M.device)
-
-
-class Raw(torch.nn.Module):
-    """In the place of Whitened."""
-    def __init__(self, T):
-        super().__init__()
-
-    def forward(self, B):
-        return B.clone()
+    """In the place of whitening, by which "imagined" draws make 1% of the identity."""
+    one = (0.01 * psi.square().mean() * psi.size(1)) ** 0.5 * torch.eye(psi.size(1), device=psi.device)
+    return whitening(psi, torch.cat([one, -one]))
 
 
 def main(argv=None):
@@ -105,35 +96,35 @@ def main(argv=None):
         settings = {**train_value.METHODS["q"], **changed}
         value = value or train_value.train(model, *texts, **settings, seed=args.seed)
         vars(train_value).update(before)
-        control = replace(Controller(value, radius=args.radius), **ascent)
+        control = replace(Controller(value, radius=train_value.ball(settings, args.radius)), **ascent)
         try:
             control.step_size = step_for_kl(model, control, rollout, nats)
         except sample.InputError as error:
-            print(f"{label:24}{str(error).split(':')[0]}{fit(value)}", flush=True)
-            return
+            print(f"{label:26}{str(error).split(':')[0]}{fit(value)}", flush=True)
+            return value
         table.row(label, control.step_size, note=fit(value), control=control)
+        return value
 
-    row("q as it is")
+    q = row("q as it is")
     for label, changed in TRAINED:
         row(label, **changed)
     row("V alone foretells", texts=(replace(rollout, earned=torch.zeros_like(rollout.earned)), rewards))
-    row("no imagined draws", patch={"draw_metric": real_draws})
-    row("not white", patch={"Whitened": Raw})
+    row("no imagined draws", patch={"whitening": real_draws})
+    row("not white", patch={"Whitened": torch.nn.Identity})
     for gain in (0.0, 1.0, 10.0, 100.0):
-        row(f"B, gain {gain:g}", value=one_net(form_b, gain, *texts))
+        row(f"Q loss, gain {gain:g}", value=one_net(q_loss, gain, *texts))
     for weight in (0.3, 1.0, 3.0, 10.0):
-        row(f"A, weight {weight:g}", value=one_net(form_a, weight, *texts))
+        row(f"slope loss, weight {weight:g}", value=one_net(slope_loss, weight, *texts))
     for part in (16, 4):
         few = size // part
         row(f"{few} rollouts", texts=(rollout.pick(slice(few)), rewards[:few]))
     torch.manual_seed(args.seed)
     for amplitude in (0.03, 0.1, 0.3):
-        excited = table.roll_out(prompts, size, args.seed, record=True,
+        excited = table.roll_out(prompts, size, args.seed, record=True, earned=True,
                                  control=train_value.excitation(rollout, amplitude))[:2]
-        row(f"excitation {amplitude:g}", texts=excited)
-        row("  and 5 steps", texts=excited, ascent={"steps": 5})
+        row("  and 5 steps", value=row(f"excitation {amplitude:g}", texts=excited), ascent={"steps": 5})
     for label, ascent in ASCENDED:
-        row(label, ascent=ascent)
+        row(label, value=q, ascent=ascent)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ paired differences. At their own KL, if asked for: value-guided decoding (--cand
 """
 import json
 import math
+import os
+import pickle
 import re
 import sys
 import time
@@ -41,8 +43,8 @@ import sample                                                                   
 from control import Controller, Guided, Rollout, dial_for, step_for_kl, teacher_force           # noqa: E402
 from exact import Exact, Tilted                                                       # noqa: E402
 from model import GPT, read_header, read_json                                         # noqa: E402
-from train_value import METHODS, improve, peak_memory, train                          # noqa: E402
-from value import load_reward                                                         # noqa: E402
+from train_value import METHODS, RADIUS, ball, improve, peak_memory, train                          # noqa: E402
+from value import fingerprint, load_reward                                                         # noqa: E402
 
 
 def parse_args(argv):
@@ -54,21 +56,21 @@ def parse_args(argv):
     add("--keep", metavar="FILE", help="where these texts are kept, for further runs and other rewards")
     add("--samples", type=sample.number(int, 2, 2 ** 31), default=4000, help="texts a test prompt and row")
     add("--kl", default="0.1,0.3,0.8,2", help="budgets aimed at, nats a text")
-    add("--radius", type=sample.number(float, 0, math.inf), default=10.0, help="of the ball; paper has none")
+    add("--radius", type=sample.number(float, 0, math.inf), default=RADIUS, help="of the ball; raw states have none")
     add("--settings", metavar="FILE", help="of training, from tests/tune.py (default: train_value.py's)")
     add("--check", metavar="NAME", help="another reward to print beside, which nothing is trained on")
     add("--methods", default=",".join(METHODS), help="which of " + ", ".join(METHODS))
-    add("--rounds", type=sample.count, default=1, help="of policy iteration, for the methods that have a Q")
+    add("--rounds", type=sample.count, default=1, help="of policy iteration, for methods that learn from draws")
     add("--candidates", type=sample.number(int, 0, 2 ** 20), default=0, help="of guided decoding; 0: none")
     add("--best-of", default="", help="numbers n: the best of n by the reward, and by V before the last token")
     add("--prefix", default="", metavar="TEXT", help="of prompting: comes before each prompt")
     add("--tuned", metavar="DIR", help="a fine-tuned model, from tests/finetune.py")
-    add("--guide", choices=METHODS, default="q", help="whose V guides, judges and is combined")
+    add("--guide", choices=METHODS, default="q", help="whose V, of the last rollouts, guides, judges and is combined")
     add("--optimum", type=sample.count, help="uncontrolled texts an opening to estimate the best gain from")
     add("--test-seed", type=sample.number(int, 0, 2 ** 62), default=1000, help="of the draws reported on")
     add("--json", metavar="FILE", help="write every text and figure there")
     args = parser.parse_args(argv)
-    args.sizes = [int(n) for n in args.rollouts.split(",") if n.isdigit() and 16 <= int(n) < 2 ** 31]
+    args.sizes = [int(n) for n in args.rollouts.split(",") if n.isdecimal() and 16 <= int(n) < 2 ** 31]
     if len(args.sizes) < len(args.rollouts.split(",")):
         raise sample.InputError("--rollouts takes numbers from 16 on, commas between")
     return args
@@ -76,21 +78,27 @@ def parse_args(argv):
 
 def learn_from(args, table, model, encoder, prompts):
     """The most rollouts asked for -> (Rollout, rewards): drawn, or those of --keep, scored by --reward."""
-    size, asked = max(args.sizes), {"model": str(args.model), "prompts": prompts, "seed": args.seed,
+    size, asked = max(args.sizes), {"model": fingerprint(model), "prompts": prompts, "seed": args.seed,
                                     "tokens": args.tokens}
     if not args.keep or not Path(args.keep).is_file():
-        rollout, rewards, _ = table.roll_out(prompts, size, args.seed, record=True,
+        if args.keep:
+            sample.check_writable(args.keep)
+        rollout, rewards, _ = table.roll_out(prompts, size, args.seed, record=True, earned=True,
                                              progress=sample.progress("rollouts"))
         if args.keep:
-            torch.save((asked, vars(rollout)), args.keep)
+            torch.save((asked, vars(rollout)), f"{args.keep}.part")
+            os.replace(f"{args.keep}.part", args.keep)
         return rollout, rewards
-    kept, columns = torch.load(args.keep, mmap=True)
+    try:
+        kept, columns = torch.load(args.keep, args.device, mmap=True, weights_only=True)
+    except (OSError, RuntimeError, ValueError, TypeError, EOFError, pickle.UnpicklingError):
+        kept, columns = None, None
     if kept != asked or len(columns["mask"]) < size:
         raise sample.InputError(f"{args.keep}: other rollouts than those asked for; choose another --keep")
     rollout, prompts = Rollout(**columns).pick(slice(size)), [prompts[i % len(prompts)] for i in range(size)]
     rewards = table.reward(sample.decode(encoder, prompts, rollout, model.config.eos_token_id))
     rollout.earned = sample.score_beginnings(encoder, table.reward, prompts, rollout)
-    return rollout, torch.tensor(rewards)
+    return rollout, torch.tensor(rewards, device=rollout.mask.device)
 
 
 class Table:
@@ -103,7 +111,7 @@ class Table:
         self.clusters = None if toy else [i % len(prompts) for i in range(args.samples * len(prompts))]
         self.results, self.figures, self.frontier = {}, {}, None
         print(f"{len(prompts)} openings x {args.samples} samples a row, {args.rollouts} rollouts of {args.tokens} "
-              f"tokens, seeds {args.seed} and {args.test_seed}\n\n{'method':24}{'step':>8}{'KL':>7}{'a token':>8}"
+              f"tokens, seeds {args.seed} and {args.test_seed}\n\n{'method':26}{'step':>8}{'KL':>7}{'a token':>8}"
               f"{'reward':>8}  {'gain':16}{'>0':>5}{'ppl':>8}{'div':>6}  {'distinct-1/2/3':17}{'tok/s':>7}{'fwd':>5}"
               f"{'  check' if args.check else ''}{'  share' if toy or args.optimum else ''}")
         base, earned = self.row("uncontrolled", record=toy)
@@ -141,7 +149,7 @@ class Table:
         if self.frontier:
             f["share"], f["share_error"] = (x / self.frontier.best(f["kl_text"]) for x in (gain, error))
             tail += f"  {f['share']:.3f} +- {f['share_error']:.3f}"
-        print(f"{label:24}{step:8.2f}{f['kl_text']:7.3f}{f['kl_token']:8.4f}{f['reward']:8.3f}  {cells:16}"
+        print(f"{label:26}{step:8.2f}{f['kl_text']:7.3f}{f['kl_token']:8.4f}{f['reward']:8.3f}  {cells:16}"
               f"{f['positive']:5.2f}{f['perplexity']:8.2f}{f['diversity']:6.3f}  "
               + f"{'/'.join(f'''{f[f'distinct_{n}']:.3f}''' for n in (1, 2, 3)):17}"
               + f"{f['tokens_per_second']:7.0f}{f['forwards']:5d}{tail}{note}", flush=True)
@@ -187,18 +195,21 @@ def main(argv=None):
             costs[method + note] = time.perf_counter() - started, sum(p.numel() for p in value.parameters())
             fits += [f"{method}{note} {table.exact.r_squared(value, table.results['uncontrolled'][0]):.4f}"
                      ] if table.exact else []
-            ball = args.radius if settings[method].get("standardised") else math.inf
+            radius = ball(settings[method], args.radius)
             for nats in map(float, budgets):
-                control = Controller(value, radius=ball)
+                control = Controller(value, radius=radius)
                 control.step_size = step_for_kl(model, control, first, nats)
                 table.row(f"{method} {nats:g}{note}", control.step_size, control=control)
                 if method == args.guide and nats == float(budgets[0]):
                     guide = control
                 if args.rounds > 1 and "draws" in settings[method]:
                     for i in range(1, args.rounds):
-                        texts = table.roll_out(prompts, size, args.seed + 10_000 * i, record=True, control=control)
-                        control = improve(model, control, *texts[:2], first, nats, settings[method], ball, args.seed)
-                    table.row(f"{method} {nats:g}, {args.rounds} rounds{note}", control.step_size, control=control)
+                        texts = table.roll_out(prompts, size, args.seed + 10_000 * i, record=True, earned=True,
+                                               control=control)
+                        control = improve(model, control, *texts[:2], first, nats, settings[method],
+                                          args.radius, args.seed)
+                    table.row(f"{method} {nats:g}, {args.rounds} rounds{note}", control.step_size,
+                              control=control)
     own_kl(args, table, prompts, guide if args.guide in methods else None, list(map(float, budgets)))
     if tuned:
         table.row("tuned", gpt=tuned)

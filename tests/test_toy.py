@@ -162,7 +162,7 @@ def test_settings_are_tuned_and_every_method_is_compared(tmp_path, capsys):
     labels |= {"uncontrolled", "prefix", "q 0.1 + prefix", "best 3 reward", "best 3 V", "q 0.1 + best 3 V"}
     assert set(whole) == {"settings", *labels}
     for label in labels:
-        row, = [line for line in out.splitlines() if line.startswith(f"{label:24}")]
+        row, = [line for line in out.splitlines() if line.startswith(f"{label:26}")]
         f, texts = whole[label]["figures"], whole[label]["texts"]
         assert f"{f['kl_text']:7.3f}{f['kl_token']:8.4f}{f['reward']:8.3f}" in row
         assert f["reward"] == pytest.approx(sum(sentiment([text["text"] for text in texts])) / 120, abs=1e-6)
@@ -217,6 +217,6 @@ def test_the_ablation_runs(capsys):
     ablate.main(["--model", str(TOY), "--tokens", "8", "--rollouts", "200", "--samples", "20", "--kl", "0.1",
                  "--device", "cpu"])
     out = capsys.readouterr().out
-    for label in (*dict(ablate.TRAINED), *dict(ablate.ASCENDED), "A, weight 1", "B, gain 10", "50 rollouts",
+    for label in (*dict(ablate.TRAINED), *dict(ablate.ASCENDED), "slope loss, weight 1", "Q loss, gain 10", "50 rollouts",
                   "V alone foretells", "no imagined draws", "not white", "excitation 0.1"):
         assert re.search(rf"^{re.escape(label)} .*V's fit -?\d", out, re.M), label

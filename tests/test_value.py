@@ -18,7 +18,7 @@ from test_loading import refused
 from test_model import write_checkpoint
 from toy import grammar
 from value import NEGATIONS, NEGATIVE, POSITIVE, ValueNet
-from value import advantages, bellman_targets, draw_metric, fingerprint, load_reward, sentiment, value_loss
+from value import advantages, bellman_targets, fingerprint, load_reward, sentiment, value_loss, whitening
 from value import write_safetensors
 
 TOY = ROOT / "tests" / "toy"
@@ -147,11 +147,13 @@ def test_advantages_are_weighted_changes_of_the_forecast(lam):
     assert torch.allclose(advantage, expected.float(), atol=1e-4)
 
 
-def test_draw_metric_is_the_moment_of_real_and_imagined_draws():
+def test_whitening_makes_real_and_imagined_draws_alike():
     torch.manual_seed(3)
     psi, W = torch.randn(40, 6), torch.randn(9, 6) + 2
-    real = torch.stack([torch.outer(p, p) for p in psi]).mean(0)
-    assert torch.allclose(draw_metric(psi, W), real + torch.cov(W.T, correction=0), atol=1e-5)
+    T, blind = whitening(psi, W), W - W.mean(0)
+    total = sum(torch.outer(T @ p, T @ p) for p in psi) / 40 + sum(torch.outer(T @ w, T @ w) for w in blind) / 9
+    assert torch.allclose(total, torch.eye(6), atol=1e-4) and torch.allclose(T, T.T, atol=1e-5)
+    assert whitening(psi[:2], W[:2]).isfinite().all()          # some directions no draw goes
 
 
 # ------------------------------------------------------------------------------------------ rewards

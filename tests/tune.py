@@ -8,8 +8,8 @@ The best try of each method goes to --json, for tests/compare.py --settings.
 
 A try is trained on one set of rollouts and scored on another, of other draws and, with --dev, other prompts:
 
-    gain    of one step that costs --nats a text, E[sum_t psi_t . u_t (R - earned_t)]: the first-order effect of u on the
-            draws, at the exact KL of the step (control.step_for_kl)
+    gain    of one step that costs --nats a text, E[sum_t psi_t . u_t (R - earned_t)]: the first-order
+            effect of u on the draws, at the exact KL of the step (control.step_for_kl)
 
 No text is steered here, and nothing that is reported is drawn.
 """
@@ -69,11 +69,14 @@ def main(argv=None):
         raise sample.InputError("--methods takes " + ",".join(METHODS) + ", commas between")
     model, encoder, _, prompts = sample.load(args)
     reward = load_reward(args.reward, args.device)
-    dev = sample.encode_prompts(model, encoder, sample.read_prompts(args.dev), args.tokens)[1] if args.dev else prompts
+    dev = prompts
+    if args.dev:
+        dev = sample.encode_prompts(model, encoder, sample.read_prompts(args.dev), args.tokens)[1]
     (rollout, rewards, _), (held_out, outcome, _) = [
         roll_out(model, encoder, reward, openings, samples, args.tokens, seed, batch=args.batch, record=True,
-                 progress=sample.progress("rollouts"))
-        for openings, samples, seed in ((prompts, args.rollouts, args.seed), (dev, args.held_out, args.seed + 1))]
+                 earned=True, progress=sample.progress("rollouts"))
+        for openings, samples, seed in ((prompts, args.rollouts, args.seed),
+                                        (dev, args.held_out, args.seed + 1))]
     best = {}
     for method in args.methods.split(","):
         tried = []
