@@ -416,7 +416,7 @@ def main(argv=None):
             model, encoder, reward, prompts, samples, args.tokens, args.seed, decoding=decoding, watch=watch,
             batch=args.batch, progress=progress(f"{label} texts"), **plan)
         table[label] = figures(rollout, scores)
-        if args.temperature == 0 or plan and not sampled:                              # KL is not defined, or not known
+        if args.temperature == 0 or plan and not sampled:      # KL is not defined, or not known
             table[label]["kl_token"] = table[label]["kl_text"] = math.nan
     if samples > 1:
         show_pairs(results, range(min(args.show, samples)))

@@ -29,10 +29,10 @@ import sample
 from control import Controller, step_for_kl
 from model import InputError
 from sample import Parser, count, number
-from value import ValueNet, advantages, whitening, fingerprint, load_reward, value_loss
+from value import ValueNet, advantages, fingerprint, load_reward, value_loss, whitening
 
-# Ours and the baselines. Their settings are those that were best on the tiny language and on film reviews
-# together, of as many tries each (tests/tune.py). One-step targets (lam 0) carry the reward back one
+# Ours and the baselines, with settings that do well on the tiny language and on film reviews alike; those
+# that are best for one task are found by tests/tune.py. One-step targets (lam 0) carry the reward back one
 # token at a time: compare --lam 0 and 1 at --epochs 1.
 METHODS = {
     # V, and A fitted to the draws: a net, or one direction for all states
@@ -155,7 +155,8 @@ def fit_static(rollout, rewards, ridge):
     states = rollout.hidden[rollout.mask]                      # (states, n_embd)
     value = ValueNet(states.size(1), 1).to(states.device)
     value.standardise(states)
-    x, outcome = (states - value.mean) / value.std, (rewards - rewards.mean())[:, None].expand_as(rollout.mask)
+    x = (states - value.mean) / value.std
+    outcome = (rewards - rewards.mean())[:, None].expand_as(rollout.mask)
     gram = x.T @ x                                             # (n_embd, n_embd)
     w = torch.linalg.solve(gram + ridge * gram.diag().mean() * torch.eye(len(gram), device=gram.device),
                            x.T @ outcome[rollout.mask])
@@ -272,19 +273,23 @@ def main(argv=None):
     started = time.time()
     settings = {name: getattr(args, name) for name in METHODS[args.method]}
     control, first, rolling = None, None, 0.0
+
+    def log(net, epoch, loss):
+        print(f"{net}  epoch {epoch + 1:2d}  squared error {loss:.4f}")
+
     if args.excitation:
         torch.manual_seed(args.seed)
         control = excitation(rolled(args.batch, args.seed, "pilot", record=True)[0], args.excitation)
     for i in range(args.rounds):
         before = time.time()
-        rollout, rewards, _ = rolled(args.rollouts, args.seed + 10_000 * i, "rollouts", record=True, earned=True, control=control)
+        rollout, rewards, _ = rolled(args.rollouts, args.seed + 10_000 * i, "rollouts", record=True, earned=True,
+                                     control=control)
         rolling += time.time() - before
         cost = f", KL {sample.figures(rollout, rewards)['kl_text']:.3f} nats a text" * (control is not None)
         print(f"{args.rollouts} rollouts of {args.tokens} tokens: mean reward {rewards.mean():.3f}, "
               f"standard deviation {rewards.std():.3f}{cost}")
         first = rollout if first is None else first
-        control = improve(model, control, rollout, rewards, first, args.nats, settings, seed=args.seed,
-                          log=lambda net, epoch, loss: print(f"{net}  epoch {epoch + 1:2d}  squared error {loss:.4f}"))
+        control = improve(model, control, rollout, rewards, first, args.nats, settings, seed=args.seed, log=log)
     trained, value = time.time(), control.value
     held_out, outcome, _ = rolled(args.held_out, args.seed + 1, "held-out rollouts", record=True)
     report(value, held_out, outcome)

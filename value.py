@@ -99,7 +99,9 @@ class ValueNet(nn.Module):
 
     def controlled(self, hidden, u):
         """hidden, u (..., n_embd) -> V(h) + A(h + u) - A(h) (...), which is V(h + u) where V is climbed."""
-        return self(hidden + u) if self.lift is None else self(hidden) + self.lift(hidden + u) - self.lift(hidden)
+        if self.lift is None:
+            return self(hidden + u)
+        return self(hidden) + self.lift(hidden + u) - self.lift(hidden)
 
     def standardise(self, states):
         """Take x from the mean and the standard deviation of states (N, n_embd)."""
@@ -131,8 +133,8 @@ class ValueNet(nn.Module):
 
     def save(self, path, **info):
         """Write a .safetensors that carries its configuration; whole or not at all."""
-        info = {"n_embd": self.w1.size(1), "width": len(self.w2), "lift": len(self.lift.w2) if self.lift else 0,
-                **self.info, **info}
+        info = {"n_embd": self.w1.size(1), "width": len(self.w2),
+                "lift": len(self.lift.w2) if self.lift else 0, **self.info, **info}
         metadata = {"nanocontrol": json.dumps(info)}
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -360,8 +362,9 @@ class RewardModel:
 
     @torch.no_grad()
     def along(self, rows, batch=64):
-        """[[token, ..], ..] within the context -> [[score after each token, ..], ..]; like lengths side by side."""
-        order, scores = sorted(range(len(rows)), key=lambda i: len(rows[i])), [None] * len(rows)
+        """[[token, ..], ..] within the context -> [[score after each token, ..], ..]"""
+        scores = [None] * len(rows)
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i]))             # like lengths side by side
         for part in (order[i:i + batch] for i in range(0, len(rows), batch)):
             padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(rows[i]) for i in part], batch_first=True)
             logits = self.gpt(padded.to(self.score.device)) @ self.score.T        # (B, T, labels)

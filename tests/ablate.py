@@ -30,9 +30,9 @@ import train_value                                                              
 from control import Controller, step_for_kl                                           # noqa: E402
 from value import ValueNet, bellman_targets, whitening                                           # noqa: E402
 
-TRAINED = [("lam 0", {"lam": 0.0}), ("lam 0.5", {"lam": 0.5}), ("lam 0.95", {"lam": 0.95}), ("lam 1", {"lam": 1.0}),
-           ("one direction", {"draws": "line"}), ("raw states", {"standardised": False}), ("no decay", {"decay": 0.0}),
-           ("width 16", {"width": 16}), ("width 256", {"width": 256})]
+TRAINED = [*[(f"lam {lam:g}", {"lam": lam}) for lam in (0.0, 0.5, 0.95, 1.0)],
+           ("one direction", {"draws": "line"}), ("raw states", {"standardised": False}),
+           ("no decay", {"decay": 0.0}), ("width 16", {"width": 16}), ("width 256", {"width": 256})]
 ASCENDED = [("5 steps", {"steps": 5}), ("30 steps", {"steps": 30}), ("radius 0.1", {"radius": 0.1}),
             ("radius 0.3", {"radius": 0.3}), ("radius 1", {"radius": 1.0})]
 

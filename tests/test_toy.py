@@ -174,7 +174,8 @@ def test_settings_are_tuned_and_every_method_is_compared(tmp_path, capsys):
 
 
 def test_rollouts_are_kept_for_further_runs_and_fewer_of_them(tmp_path, capsys):
-    few = ["--model", str(TOY), "--tokens", "8", "--samples", "20", "--kl", "0.1", "--methods", "q", "--device", "cpu"]
+    few = ["--model", str(TOY), "--tokens", "8", "--samples", "20", "--kl", "0.1", "--methods", "q", "--device",
+           "cpu"]
     tables, keep = [], ["--keep", str(tmp_path / "kept.pt")]
     for rollouts, where in (("60,120", keep), ("60,120", keep), ("120", keep), ("60", [])):
         compare.main([*few, "--rollouts", rollouts, *where, "--json", str(tmp_path / "c.json")])
@@ -217,6 +218,6 @@ def test_the_ablation_runs(capsys):
     ablate.main(["--model", str(TOY), "--tokens", "8", "--rollouts", "200", "--samples", "20", "--kl", "0.1",
                  "--device", "cpu"])
     out = capsys.readouterr().out
-    for label in (*dict(ablate.TRAINED), *dict(ablate.ASCENDED), "slope loss, weight 1", "Q loss, gain 10", "50 rollouts",
-                  "V alone foretells", "no imagined draws", "not white", "excitation 0.1"):
+    for label in (*dict(ablate.TRAINED), *dict(ablate.ASCENDED), "slope loss, weight 1", "Q loss, gain 10",
+                  "50 rollouts",                  "V alone foretells", "no imagined draws", "not white", "excitation 0.1"):
         assert re.search(rf"^{re.escape(label)} .*V's fit -?\d", out, re.M), label
