@@ -210,6 +210,7 @@ def main(argv=None):
                                           args.radius, args.seed)
                     table.row(f"{method} {nats:g}, {args.rounds} rounds{note}", control.step_size,
                               control=control)
+        show_equal_kl(table.figures, methods, budgets, note)
     own_kl(args, table, prompts, guide if args.guide in methods else None, list(map(float, budgets)))
     if tuned:
         table.row("tuned", gpt=tuned)
@@ -227,6 +228,30 @@ def main(argv=None):
         sample.write_json(args.json, {**vars(args), "preparation": costs},
                           [asked[i % len(asked)] for i in range(args.samples * len(asked))],
                           table.results, table.figures)
+
+
+def show_equal_kl(figures, methods, budgets, note=""):
+    """
+    Gains at the very KL of the budgets, and over them the first method's gain.
+
+    Between a method's rows, and on beyond them, its gain is taken to be linear in the root of the KL, as
+    every gain is for small controls.
+    """
+    print(f"\n{'gain at equal KL' + note:30}" + "".join(f"{nats + ' nats':>22}" for nats in budgets))
+    ours = {}
+    for method in methods:
+        rows = sorted((figures[f"{method} {nats}{note}"]["kl_text"] ** 0.5, figures[f"{method} {nats}{note}"]["gain"])
+                      for nats in (f"{float(nats):g}" for nats in budgets))
+        cells = []
+        for nats in budgets:
+            root, points = float(nats) ** 0.5, [(0.0, 0.0), *rows]
+            i = min(max(sum(at < root for at, _ in points), 1), len(points) - 1)
+            (left, low), (right, high) = points[i - 1], points[i]
+            gain = low + (high - low) * (root - left) / (right - left)
+            ratio = ours.setdefault(nats, gain) / gain
+            cells.append(f"{gain:12.3f}" + (f"  ({ratio:4.2f}x)  " if method != methods[0] else " " * 10))
+        print(f"{method:30}" + "".join(f"{cell:>22}" for cell in cells))
+    print(flush=True)
 
 
 def own_kl(args, table, prompts, guide, budgets):

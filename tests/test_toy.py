@@ -173,6 +173,17 @@ def test_settings_are_tuned_and_every_method_is_compared(tmp_path, capsys):
     assert "least likely of the best twentieth" in out and "peak memory" in out
 
 
+def test_gains_are_compared_at_equal_kl(capsys):
+    """Two methods whose gains are 3 and 2 times the root of their KL, at budgets they missed."""
+    figures = {f"{method} {nats}": {"kl_text": kl, "gain": scale * kl ** 0.5}
+               for method, scale, kls in (("q", 3, (0.2, 0.9)), ("plain", 2, (0.36, 1.5)))
+               for nats, kl in zip(("0.25", "1"), kls)}
+    compare.show_equal_kl(figures, ["q", "plain"], ["0.25", "1.0"])
+    _, _, ours, other, _ = capsys.readouterr().out.split("\n", 4)
+    assert ours.split() == ["q", "1.500", "3.000"]
+    assert other.split() == ["plain", "1.000", "(1.50x)", "2.000", "(1.50x)"]
+
+
 def test_rollouts_are_kept_for_further_runs_and_fewer_of_them(tmp_path, capsys):
     few = ["--model", str(TOY), "--tokens", "8", "--samples", "20", "--kl", "0.1", "--methods", "q", "--device",
            "cpu"]
@@ -219,5 +230,5 @@ def test_the_ablation_runs(capsys):
                  "--device", "cpu"])
     out = capsys.readouterr().out
     for label in (*dict(ablate.TRAINED), *dict(ablate.ASCENDED), "slope loss, weight 1", "Q loss, gain 10",
-                  "50 rollouts",                  "V alone foretells", "no imagined draws", "not white", "excitation 0.1"):
+                  "50 rollouts", "V alone foretells", "no imagined draws", "not white", "excitation 0.1"):
         assert re.search(rf"^{re.escape(label)} .*V's fit -?\d", out, re.M), label
