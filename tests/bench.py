@@ -179,7 +179,7 @@ def main(argv=None):
     peak(random_model("tiny", device, dtype), ValueNet(64, 8).to(device), 1, 2, 0)     # loads libraries
     bare = memory(device, since_now=True)
     model = random_model(args.model, device, dtype)
-    value = ValueNet(model.config.n_embd, args.width, lift=True).to(device).requires_grad_(False)
+    value = ValueNet(model.config.n_embd, args.width, lift=args.width).to(device).requires_grad_(False)
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(f"{args.model}, {args.dtype}, {where}, {torch.get_num_threads()} threads, {speed / 1e9:.0f} GB/s, "
           f"{args.tokens} tokens, width {args.width}, torch {torch.__version__}")
