@@ -288,6 +288,8 @@ def main(argv=None):
         cost = f", KL {sample.figures(rollout, rewards)['kl_text']:.3f} nats a text" * (control is not None)
         print(f"{args.rollouts} rollouts of {args.tokens} tokens: mean reward {rewards.mean():.3f}, "
               f"standard deviation {rewards.std():.3f}{cost}")
+        if rewards.min() == rewards.max():
+            raise InputError(f"every text has the reward {rewards[0]:g}: nothing to learn; choose another --reward")
         first = rollout if first is None else first
         control = improve(model, control, rollout, rewards, first, args.nats, settings, seed=args.seed, log=log)
     trained, value = time.time(), control.value

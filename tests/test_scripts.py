@@ -449,3 +449,11 @@ def test_an_interrupt_leaves_the_old_json(here, monkeypatch):
     with pytest.raises(SystemExit) as ended:
         sample.run(lambda: sample.main([*SAMPLE, "--json", "texts.json"]))
     assert ended.value.code == 130 and files(here) == before
+
+
+def test_a_reward_that_does_not_vary_is_refused(here):
+    (here / "rewards.py").write_text("def flat(texts):\n    return [1.0] * len(texts)\n")
+    before = files(here)
+    with pytest.raises(sample.InputError, match="every text has the reward 1"):
+        train_value.main([*TRAIN, "--reward", "rewards.py:flat", "--out", "out/flat.safetensors"])
+    assert {name: data for name, data in files(here).items() if "__pycache__" not in name} == before
