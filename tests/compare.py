@@ -185,7 +185,7 @@ def main(argv=None):
         asked, tests = sample.encode_prompts(model, encoder, sample.read_prompts(args.test), args.tokens)
     table, started = Table(args, model, encoder, tests, asked), time.perf_counter()
     everything, all_rewards = learn_from(args, table, model, encoder, prompts)
-    costs, fits = {"rollouts": (time.perf_counter() - started, 0)}, []
+    costs, fits, guide = {"rollouts": (time.perf_counter() - started, 0)}, [], None
     for size in args.sizes:
         note = f", {size} rollouts" * (len(args.sizes) > 1)
         first, rewards = everything.pick(slice(size)), all_rewards[:size]
@@ -195,23 +195,10 @@ def main(argv=None):
             costs[method + note] = time.perf_counter() - started, sum(p.numel() for p in value.parameters())
             fits += [f"{method}{note} {table.exact.r_squared(value, table.results['uncontrolled'][0]):.4f}"
                      ] if table.exact else []
-            radius = ball(settings[method], args.radius)
-            for nats in map(float, budgets):
-                control = Controller(value, radius=radius)
-                control.step_size = step_for_kl(model, control, first, nats)
-                table.row(f"{method} {nats:g}{note}", control.step_size, control=control)
-                if method == args.guide and nats == float(budgets[0]):
-                    guide = control
-                if args.rounds > 1 and "draws" in settings[method]:
-                    for i in range(1, args.rounds):
-                        texts = table.roll_out(prompts, size, args.seed + 10_000 * i, record=True, earned=True,
-                                               control=control)
-                        control = improve(model, control, *texts[:2], first, nats, settings[method],
-                                          args.radius, args.seed)
-                    table.row(f"{method} {nats:g}, {args.rounds} rounds{note}", control.step_size,
-                              control=control)
+            controls = curve(args, table, prompts, method, value, first, settings[method], note)
+            guide = controls[0] if method == args.guide else guide
         show_equal_kl(table.figures, methods, budgets, note)
-    own_kl(args, table, prompts, guide if args.guide in methods else None, list(map(float, budgets)))
+    own_kl(args, table, prompts, guide, list(map(float, budgets)))
     if tuned:
         table.row("tuned", gpt=tuned)
         cost = json.loads(read_header(Path(args.tuned) / "model.safetensors")[1]["cost"])
@@ -228,6 +215,23 @@ def main(argv=None):
         sample.write_json(args.json, {**vars(args), "preparation": costs},
                           [asked[i % len(asked)] for i in range(args.samples * len(asked))],
                           table.results, table.figures)
+
+
+def curve(args, table, prompts, method, value, first, settings, note):
+    """A row for each budget, and one more after --rounds -> the Controllers of the first rounds."""
+    controls = []
+    for nats in map(float, args.kl.split(",")):
+        control = Controller(value, radius=ball(settings, args.radius))
+        control.step_size = step_for_kl(table.model, control, first, nats)
+        table.row(f"{method} {nats:g}{note}", control.step_size, control=control)
+        controls.append(control)
+        if args.rounds > 1 and "draws" in settings:
+            for i in range(1, args.rounds):
+                texts = table.roll_out(prompts, len(first.mask), args.seed + 10_000 * i, record=True, earned=True,
+                                       control=control)
+                control = improve(table.model, control, *texts[:2], first, nats, settings, args.radius, args.seed)
+            table.row(f"{method} {nats:g}, {args.rounds} rounds{note}", control.step_size, control=control)
+    return controls
 
 
 def show_equal_kl(figures, methods, budgets, note=""):
