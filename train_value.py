@@ -123,8 +123,8 @@ def fit_lift(model, value, rollout, advantage, **settings):
     """
     A, as wide as V: the net whose dA/dx . psi_x is least far from the advantages (N, T) of the draws.
 
-    psi is a hundred times larger in some directions than in others, and AdamW would favour these. So W1 = B T,
-    and B is what is trained: T makes draws, real and imagined, alike in all directions.
+    psi is far larger in some directions than in others, and AdamW would favour these. So W1 = B T, and B
+    is what is trained: T makes draws, real and imagined, alike in all directions.
     """
     mask, lift = rollout.mask, value.beside(len(value.w2))
     T = whitening(value.std * rollout.psi[mask], value.std * model.wte.weight.float())
@@ -289,7 +289,8 @@ def main(argv=None):
         print(f"{args.rollouts} rollouts of {args.tokens} tokens: mean reward {rewards.mean():.3f}, "
               f"standard deviation {rewards.std():.3f}{cost}")
         if rewards.min() == rewards.max():
-            raise InputError(f"every text has the reward {rewards[0]:g}: nothing to learn; choose another --reward")
+            raise InputError(f"every text has the reward {rewards[0]:g}: nothing to learn; choose another "
+                             f"--reward")
         first = rollout if first is None else first
         control = improve(model, control, rollout, rewards, first, args.nats, settings, seed=args.seed, log=log)
     trained, value = time.time(), control.value

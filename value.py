@@ -31,8 +31,8 @@ A learns from the advantage of each draw, how much higher the forecast of the re
 reads one state, which hardly holds what the text has said so far; while learning, the text is at hand,
 so the forecast is made from V(h_t) and the reward of the text up to there (`advantages`).
 
-Deviations from the paper: TD(lambda) instead of one step; A beside V, fitted to the draws; standardised
-states. `train_value.py --method paper` switches all off, and the ball of control.py.
+Deviations from the paper: TD(lambda) instead of one step; A beside V, fitted to the draws, where these are
+white (`whitening`); standardised states. `train_value.py --method paper` switches all off, and the ball of control.py.
 But: V reads one state, not the text; what the state does not hold, V cannot know.
 """
 import hashlib
