@@ -162,8 +162,8 @@ class Rollout:
     logq: torch.Tensor            # log p_u(y_t), that of the draw: controlled, at the decoding's temperature
     before: torch.Tensor          # V(h_t)
     after: torch.Tensor           # V(h_t) + A(h_t + u_t) - A(h_t), u_t as kl_ball has scaled it
-    hidden: torch.Tensor          # h_t, or h_t + u_t where u_t is an excitation; empty unless recorded
-    psi: torch.Tensor             # W[y_t] - E[W] under p_u; empty unless recorded
+    hidden: torch.Tensor          # h_t, or h_t + u_t where u_t is an excitation; in the model's dtype
+    psi: torch.Tensor             # W[y_t] - E[W] under p_u, likewise; both empty unless recorded
     earned: torch.Tensor          # reward of the text before y_t; 0 until it is scored (sample.roll_out)
 
     def pick(self, rows):
@@ -194,7 +194,7 @@ class Sampler:
         self.t = torch.zeros(1, dtype=torch.long, device=device)
         self.uniforms = torch.zeros(batch, n_tokens, device=device)
         kl, logp, logq, before, after, earned = torch.zeros(6, batch, n_tokens, device=device)
-        hidden, psi = torch.zeros(2, batch, n_tokens if record else 0, n_embd, device=device)
+        hidden, psi = self.hidden.new_zeros(2, batch, n_tokens if record else 0, n_embd)
         self.out = Rollout(kl.long(), kl.bool(), kl, logp, logq, before, after, hidden, psi, earned)
         self.graphs = {} if device.type == "cuda" else None    # {span: graph}; None: every step eager
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
@@ -213,9 +213,9 @@ class Sampler:
         self.write(t, tokens=token, mask=self.alive, logq=probs.gather(1, token[:, None])[:, 0].log())
         if self.record:
             W = model.wte.weight
-            mean = (probs.to(W.dtype) @ W).float()                       # (B, n_vocab) -> (B, n_embd)
+            mean = probs.to(W.dtype) @ W                                 # (B, n_vocab) -> (B, n_embd)
             excited = getattr(self.control, "excitation", 0) > 0
-            self.write(t, hidden=h.float() + u if excited else h.float(), psi=model.wte(token) - mean)
+            self.write(t, hidden=(h + u).to(h.dtype) if excited else h, psi=model.wte(token) - mean)
         if self.report:
             self.measure(h, u, token, logits, kept, delta, moved)
         self.alive.logical_and_(token != model.config.eos_token_id)
@@ -264,14 +264,14 @@ class Sampler:
         for row, prompt in zip(padded, prompts):
             row[:len(prompt)] = torch.tensor(prompt)
         device = self.hidden.device
-        for buffer in (self.t, self.cache.lengths, *vars(self.out).values()):
+        self.cache.clear()
+        for buffer in (self.t, *vars(self.out).values()):
             buffer.zero_()
         unread = [] if self.report else [self.out.kl, self.out.logp]
         for values in (self.out.before, self.out.after, *unread):
             values.fill_(math.nan)                             # V is not read unless there is a control
         self.alive.fill_(True)
         self.uniforms.copy_(uniforms)
-        self.cache.span = 0
         lengths = lengths.to(device)
         hidden = self.model(padded.to(device), self.cache, lengths)               # (B, T, n_embd)
         self.hidden.copy_(hidden[torch.arange(len(prompts), device=device), lengths - 1])

@@ -11,6 +11,8 @@ project does happens there: V(h_t) is read, the control u_t is added, logits_t =
 The network is the one OpenAI published (Radford et al. 2019), its module names the public checkpoints'.
 Below it: reading weights, and fetching them. But: inference only; no sharded or pickled checkpoints.
 """
+import contextlib
+import ctypes
 import fcntl
 import hashlib
 import http.client
@@ -53,12 +55,28 @@ class Config:
     eos_token_id: int = 0    # ends a text
 
 
+class Linear(nn.Linear):
+    """y = W x + b; once packed, with W as oneDNN multiplies by it (GPT.pack)."""
+    packed = None
+
+    def pack(self, rows):
+        self.packed, self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, rows), None
+
+    def forward(self, x):
+        return super().forward(x) if self.packed is None else onednn_linear(x, self.packed, self.bias)
+
+
+def onednn_linear(x, weight, bias=None):
+    """W x + b without gradients, by oneDNN, W packed or not; F.linear leaves float32 to a slower library."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = Linear(config.n_embd, config.n_embd)
 
     def forward(self, x, layer, cache, positions, future):
         """x (B, T, n_embd) -> (B, T, n_embd), each row attending to itself and what came before."""
@@ -78,8 +96,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, config.n_inner)
-        self.c_proj = nn.Linear(config.n_inner, config.n_embd)
+        self.c_fc = Linear(config.n_embd, config.n_inner)
+        self.c_proj = Linear(config.n_inner, config.n_embd)
 
     def forward(self, x):
         return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
@@ -106,6 +124,7 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.n_embd, config.eps)
+        self.packed = False
 
     def forward(self, tokens, cache=None, lengths=None):
         """
@@ -117,6 +136,7 @@ class GPT(nn.Module):
         if cache is not None:
             positions = cache.lengths[:, None] + positions                        # (B, T)
             cache.span = min(cache.span + tokens.size(1), cache.size)
+            cache.make_room()
             slots = torch.arange(cache.reach, device=tokens.device)
             future = (slots > positions[:, :, None])[:, None]                     # (B, 1, T, reach)
         x = self.wte(tokens) + self.wpe(positions)                                # (B, T, n_embd)
@@ -132,10 +152,31 @@ class GPT(nn.Module):
         `out` (B, n_vocab) if there is one.
         """
         W = self.wte.weight
-        if out is not None and W.dtype == torch.float32:
-            return torch.mm(hidden, W.T, out=out)
-        logits = F.linear(hidden.to(W.dtype), W)
-        return logits.float() if out is None else out.copy_(logits)
+        if not self.packed:
+            logits = F.linear(hidden.to(W.dtype), W)
+            return logits.float() if out is None else out.copy_(logits)
+        out = torch.empty(*hidden.shape[:-1], len(W)) if out is None else out
+        for part, logits in zip(W.split(8192), out.split(8192, -1)):   # oneDNN lays out a part at a time anew:
+            logits.copy_(onednn_linear(hidden.to(W.dtype), part))      # all of W would be much memory
+        return out
+
+    def pack(self, rows):
+        """
+        -> self, frozen for good: on a CPU each W of the blocks is laid out anew, in the blocks oneDNN reads in
+        a product with so many rows. Otherwise it does so at every product, which at few rows takes as long
+        as the product. The embedding stays as it is, being looked up as well.
+        """
+        W = self.wte.weight
+        W = self.wte.weight
+        if W.device.type == "cpu" and torch.backends.mkldnn.is_available() \
+                and (W.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+            for module in self.modules():
+                if isinstance(module, Linear):
+                    module.pack(rows)
+            self.packed = True
+            with contextlib.suppress(AttributeError, OSError):  # glibc: give the pages of the old layout back
+                ctypes.CDLL(None).malloc_trim(0)
+        return self
 
     @classmethod
     def from_pretrained(cls, name, device="cpu", dtype=torch.float32, extra=()):
@@ -150,28 +191,54 @@ class Cache:
     """
     Keys and values of every layer, allocated once for `size` tokens a row; row b holds lengths[b] so far.
     A padded slot is masked until a real token overwrites it, so rows never see their neighbours.
-    `span` is the host's bound on lengths.max(): attention reads that many slots, not all; rounded up to a
-    multiple of 16, as a CPU compiles its bfloat16 products anew for every shape.
+
+    `span` is the host's bound on lengths.max(): attention reads that many slots, `reach`, not all; rounded up
+    to a multiple of 16, as a CPU compiles its bfloat16 products anew for every shape. There the slots that
+    are read lie side by side, `room` a row, and move apart when they become more: a product would otherwise
+    copy them every time. On a GPU nothing moves, its graphs know where all is.
     """
     def __init__(self, model, batch, size):
         config, weight = model.config, model.wte.weight
-        shape = (config.n_layer, batch, config.n_head, size, config.n_embd // config.n_head)
-        self.keys = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+        self.shape = batch, config.n_head, config.n_embd // config.n_head
+        self.keys = torch.zeros(config.n_layer, batch * size * config.n_embd, dtype=weight.dtype,
+                                device=weight.device)
         self.values = torch.zeros_like(self.keys)
         self.lengths = torch.zeros(batch, dtype=torch.long, device=weight.device)
         self.rows = torch.arange(batch, device=weight.device)[:, None]            # (B, 1)
-        self.size, self.span = size, 0
+        self.size = size
+        self.clear()
 
     @property
     def reach(self):
         """Slots that attention reads."""
         return min(-(-self.span // 16) * 16, self.size)
 
+    def clear(self):
+        """Forget all tokens."""
+        self.lengths.zero_()
+        self.span, self.room = 0, self.size if self.keys.is_cuda else 0
+
+    def slots(self, flat):
+        """A layer's keys or values (batch * size * n_embd,) -> (B, n_head, room, d)"""
+        batch, heads, d = self.shape
+        return flat[:batch * heads * self.room * d].view(batch, heads, self.room, d)
+
+    def make_room(self):
+        """Move the slots of all rows apart, for `reach` of them a row."""
+        before, after = self.room, self.reach
+        for flat in (*self.keys, *self.values) if after > before else ():
+            self.room = before
+            had = self.slots(flat).clone()
+            self.room = after
+            self.slots(flat)[:, :, :before] = had
+        self.room = max(before, after)
+
     def store(self, layer, k, v, positions):
         """Write k, v (B, n_head, T, d) at positions (B, T); return all live ones (.., reach, d)."""
-        self.keys[layer][self.rows, :, positions] = k.transpose(1, 2)
-        self.values[layer][self.rows, :, positions] = v.transpose(1, 2)
-        return self.keys[layer][:, :, :self.reach], self.values[layer][:, :, :self.reach]
+        keys, values = self.slots(self.keys[layer]), self.slots(self.values[layer])
+        keys[self.rows, :, positions] = k.transpose(1, 2)
+        values[self.rows, :, positions] = v.transpose(1, 2)
+        return keys[:, :, :self.reach], values[:, :, :self.reach]
 
 
 # ------------------------------------------------------------------------- configuration, weights

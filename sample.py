@@ -232,7 +232,10 @@ class Parser(argparse.ArgumentParser):
         add("--seed", type=number(int, 0, 2 ** 62), default=seed, help="of the draws: same seed, same texts")
         add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1, cpu")
         add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model's weights")
-        add("--batch", type=count, default=256, help="texts drawn side by side")
+        add("--batch", type=count, help="texts drawn side by side (default: as many as fit, up to 256 on a CPU "
+                                        "and 1024 on a GPU)")
+        add("--max-memory", type=number(float, 1e-6, 1e6), metavar="GIB", help="what model, texts and states may "
+            "take (default: four fifths of the device's)")
 
     def error(self, message):
         raise InputError(f"{message}; see --help")
@@ -281,7 +284,31 @@ def load(args):
         texts, prompts = [""], [[model.config.bos_token_id]]   # texts from their beginning on
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{args.model}: {parameters:,} parameters, frozen, {args.dtype} on {device}; {len(texts)} prompts")
-    return model, encoder, texts, prompts
+    args.max_memory = args.max_memory or 0.8 * memory_of(device)
+    args.batch = args.batch or fit_batch(model, prompts, args.tokens, args.max_memory)
+    rows = min(args.batch, getattr(args, "samples", args.batch) * len(prompts))
+    return model.pack(rows), encoder, texts, prompts
+
+
+def memory_of(device):
+    """What is free of a GPU's memory, or all of the machine's, GiB."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / 2 ** 30
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2 ** 30
+
+
+def fit_batch(model, prompts, n_tokens, gibibytes):
+    """How many texts drawn side by side, a power of two, fit beside the weights; more than this gain little."""
+    config, W = model.config, model.wte.weight
+    slots = max(map(len, prompts)) + n_tokens
+    cached = 2 * config.n_layer * slots + 4 * n_tokens         # vectors, recorded states and psi included
+    text = cached * config.n_embd * W.itemsize + 6 * 4 * config.n_vocab            # and rows of float32 logits
+    weights = sum(weight.nbytes for weight in model.parameters())
+    room = (gibibytes * 2 ** 30 - weights) // text
+    if room < 1:
+        raise InputError(f"{(weights + text) / 2 ** 30:.2g} GiB for the weights and one text, and --max-memory is "
+                         f"{gibibytes:.2g}; allow more, or take a smaller --model")
+    return min(1024 if W.is_cuda else 256, 2 ** int(math.log2(room)))
 
 
 def check_writable(path):

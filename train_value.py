@@ -42,8 +42,10 @@ METHODS = {
     "plain": dict(lam=0.8, standardised=True, epochs=2, rate=0.03, decay=3.0, width=256),
     # values alone, one-step targets, raw states, no ball
     "paper": dict(lam=0.0, standardised=False, epochs=2, rate=0.03, decay=3.0, width=64),
-    # a static direction, the same u everywhere: least squares of the reward on the states
+    # a static direction, the same u everywhere: least squares of the reward on the states, or as in the
+    # paper on the state after the prompt, h_0, alone
     "static": dict(ridge=3.0),
+    "static-h0": dict(ridge=3.0, first=True),
 }
 
 
@@ -150,16 +152,20 @@ def fit_line(model, value, rollout, advantage, **_):
     return line(value, T @ (T @ (psi.T @ advantage[rollout.mask])) / len(psi))
 
 
-def fit_static(rollout, rewards, ridge):
-    """V(h) = w . x + const by ridge regression of the rewards on the states: its gradient w is static."""
-    states = rollout.hidden[rollout.mask]                      # (states, n_embd)
-    value = ValueNet(states.size(1), 1).to(states.device)
-    value.standardise(states)
-    x = (states - value.mean) / value.std
-    outcome = (rewards - rewards.mean())[:, None].expand_as(rollout.mask)
+def fit_static(rollout, rewards, ridge, first=False):
+    """
+    V(h) = w . x + const by ridge regression of the rewards on the states: its gradient w is static. Of the
+    `first` states only, there is one for each prompt.
+    """
+    mask = rollout.mask.clone()
+    value = ValueNet(rollout.hidden.size(-1), 1).to(mask.device)
+    value.standardise(rollout.hidden[mask])
+    mask[:, 1:] &= not first
+    x = (rollout.hidden[mask] - value.mean) / value.std        # (states, n_embd)
+    outcome = (rewards - rewards.mean())[:, None].expand_as(mask)[mask]
     gram = x.T @ x                                             # (n_embd, n_embd)
     w = torch.linalg.solve(gram + ridge * gram.diag().mean() * torch.eye(len(gram), device=gram.device),
-                           x.T @ outcome[rollout.mask])
+                           x.T @ outcome)
     value = line(value, w)
     value.b2.data.fill_(rewards.mean())
     return value
@@ -219,6 +225,15 @@ def report(value, rollout, rewards):
         print(f"  V {values[mask][part].mean():+.3f}   outcome {outcome[mask][part].mean():+.3f}")
 
 
+def check_fits(args, model):
+    """InputError now, not after hours of drawing, where the states of the rollouts would not fit."""
+    W, spare = model.wte.weight, args.max_memory * 2 ** 30 - sum(weight.nbytes for weight in model.parameters())
+    text = args.tokens * W.size(1) * 2 * (W.itemsize + 4)      # states and psi, and once more while training
+    if args.rollouts * text > spare:
+        raise InputError(f"--rollouts {args.rollouts}: their states take {args.rollouts * text / 2 ** 30:.2g} GiB, and "
+                         f"--max-memory leaves {spare / 2 ** 30:.2g}; choose --rollouts {spare // text:.0f}")
+
+
 def peak_memory(device):
     """Peak memory of this process, in MiB: the device's if it has its own, else resident."""
     if device.type == "cuda":
@@ -236,7 +251,8 @@ def parse_args(argv):
                                                               "classifier: a directory or a name of the hub")
     add("--method", choices=METHODS, default="q", help="q: V, and A trained on the draws; draws: "
         "likewise, but A is one direction for all states; plain: values alone; paper: values alone, one-step "
-        "targets, raw states, no ball; static: one direction, by least squares of the reward on the states")
+        "targets, raw states, no ball; static: one direction, by least squares of the reward on the states; "
+        "static-h0: likewise, of the state after the prompt alone")
     own = parser.add_argument_group("settings of training", "default: the method's own").add_argument
     own("--lam", type=number(float, 0, 1), default=argparse.SUPPRESS,
         help="lambda of TD(lambda): 0 moves the reward back one token a pass, 1 is Monte Carlo")
@@ -264,15 +280,25 @@ def main(argv=None):
     args = parse_args(argv)
     sample.check_writable(args.out)
     model, encoder, _, prompts = sample.load(args)
+    check_fits(args, model)
     reward = load_reward(args.reward, args.device)
 
-    def rolled(samples, seed, label, **how):
-        return sample.roll_out(model, encoder, reward, prompts, samples, args.tokens, seed, batch=args.batch,
-                               progress=sample.progress(label), **how)
+    started, drawing, scoring = time.time(), 0.0, 0.0          # seconds
 
-    started = time.time()
+    def rolled(samples, seed, label, **how):
+        nonlocal drawing, scoring
+        clock, show = [time.time()], sample.progress(label)
+
+        def progress(done, total):
+            show(done, total)
+            clock.append(time.time())
+        texts = sample.roll_out(model, encoder, reward, prompts, samples, args.tokens, seed, batch=args.batch,
+                                progress=progress, **how)
+        drawing, scoring = drawing + clock[-1] - clock[0], scoring + time.time() - clock[-1]
+        return texts
+
     settings = {name: getattr(args, name) for name in METHODS[args.method]}
-    control, first, rolling = None, None, 0.0
+    control, first = None, None
 
     def log(net, epoch, loss):
         print(f"{net}  epoch {epoch + 1:2d}  squared error {loss:.4f}")
@@ -281,10 +307,8 @@ def main(argv=None):
         torch.manual_seed(args.seed)
         control = excitation(rolled(args.batch, args.seed, "pilot", record=True)[0], args.excitation)
     for i in range(args.rounds):
-        before = time.time()
         rollout, rewards, _ = rolled(args.rollouts, args.seed + 10_000 * i, "rollouts", record=True, earned=True,
                                      control=control)
-        rolling += time.time() - before
         cost = f", KL {sample.figures(rollout, rewards)['kl_text']:.3f} nats a text" * (control is not None)
         print(f"{args.rollouts} rollouts of {args.tokens} tokens: mean reward {rewards.mean():.3f}, "
               f"standard deviation {rewards.std():.3f}{cost}")
@@ -293,15 +317,15 @@ def main(argv=None):
                              f"--reward")
         first = rollout if first is None else first
         control = improve(model, control, rollout, rewards, first, args.nats, settings, seed=args.seed, log=log)
-    trained, value = time.time(), control.value
+    value, training = control.value, time.time() - started - drawing - scoring
     held_out, outcome, _ = rolled(args.held_out, args.seed + 1, "held-out rollouts", record=True)
     report(value, held_out, outcome)
     value.save(args.out, fingerprint=fingerprint(model), model=str(args.model), method=args.method,
                **settings, reward=args.reward, rollouts=args.rollouts, rounds=args.rounds, tokens=args.tokens,
                temperature=1.0, seed=args.seed, excitation=args.excitation, nats=args.nats,
                step_size=control.step_size, radius=control.radius)
-    print(f"\n{args.out}: {sum(p.numel() for p in value.parameters()):,} parameters trained; rollouts "
-          f"{rolling:.0f} s, training {trained - started - rolling:.0f} s, peak memory "
+    print(f"\n{args.out}: {sum(p.numel() for p in value.parameters()):,} parameters trained; drawing "
+          f"{drawing:.0f} s, scoring {scoring:.0f} s, training {training:.0f} s, peak memory "
           f"{peak_memory(model.wte.weight.device):.0f} MiB; a step of {control.step_size:.2f} costs about "
           f"{args.nats:g} nats a text")
     few = min(max(len(prompts), 2), 4)

@@ -105,6 +105,7 @@ class ValueNet(nn.Module):
 
     def standardise(self, states):
         """Take x from the mean and the standard deviation of states (N, n_embd)."""
+        states = states.float()
         for net in (self, self.climbed):
             net.mean.copy_(states.mean(0))
             net.std.copy_(states.std(0).clamp(min=1e-6))
@@ -346,6 +347,7 @@ class RewardModel:
             raise InputError(f"{name}: score.weight is {tuple(self.score.shape)}, not that of one label or two")
         if self.encoder.n_vocab > self.gpt.config.n_vocab or not self.score.isfinite().all():
             raise InputError(f"{name}: fewer states than tokens, or scores that are no numbers; fetch it again")
+        self.gpt.pack(2048)                                    # tokens in a batch, about
 
     def __call__(self, texts):
         """texts -> scores. All of a text is text: "<|endoftext|>" in it is no token."""

@@ -100,7 +100,7 @@ def main(argv=None):
         try:
             control.step_size = step_for_kl(model, control, rollout, nats)
         except sample.InputError as error:
-            print(f"{label:26}{str(error).split(':')[0]}{fit(value)}", flush=True)
+            print(f"{label:30}{str(error).split(':')[0]}{fit(value)}", flush=True)
             return value
         table.row(label, control.step_size, note=fit(value), control=control)
         return value

@@ -127,8 +127,9 @@ def bandwidth(device):
 
 def needed(model, batch, slots):
     """Bytes of the weights, and of the keys and values of so many tokens a text."""
-    cached = 2 * model.config.n_layer * batch * slots * model.config.n_embd * model.wte.weight.itemsize
-    return sum(weight.nbytes for weight in model.parameters()) + cached
+    with torch.device("meta"):
+        weights = sum(weight.numel() for weight in GPT(model.config).parameters())
+    return model.wte.weight.itemsize * (weights + 2 * model.config.n_layer * batch * slots * model.config.n_embd)
 
 
 def peak(model, value, batch, n_tokens, bare):
@@ -173,19 +174,23 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.model not in SHAPES:
         parser.error(f"--model takes {', '.join(SHAPES)}")
-    torch.manual_seed(args.seed)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     speed = bandwidth(device)
     peak(random_model("tiny", device, dtype), ValueNet(64, 8).to(device), 1, 2, 0)     # loads libraries
     bare = memory(device, since_now=True)
-    model = random_model(args.model, device, dtype)
-    value = ValueNet(model.config.n_embd, args.width, lift=args.width).to(device).requires_grad_(False)
+
+    def fresh():
+        torch.manual_seed(args.seed)
+        return random_model(args.model, device, dtype)
+
+    value = ValueNet(SHAPES[args.model][1], args.width, lift=args.width).to(device).requires_grad_(False)
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(f"{args.model}, {args.dtype}, {where}, {torch.get_num_threads()} threads, {speed / 1e9:.0f} GB/s, "
           f"{args.tokens} tokens, width {args.width}, torch {torch.__version__}")
-    peaks = {n: peak(model, value, n, args.tokens, bare) for n in map(int, args.batches.split(","))}
-    theirs = transformers_model(model)                         # its memory is not ours
+    peaks = {n: peak(fresh().pack(n), value, n, args.tokens, bare) for n in map(int, args.batches.split(","))}
+    theirs = transformers_model(fresh())                       # its memory is not ours
     for batch, share in peaks.items():
+        model = fresh().pack(batch)
         seconds = measure(make_rows(model, theirs, value, batch, args.tokens), args.rounds, device)
         print(f"\nbatch {batch:3d}, peak {share:.2f}{'ms':>14}{'tok/s':>9}{'cost':>7}{'hf':>7}{'floor':>7}")
         floor = needed(model, batch, PROMPT + args.tokens // 2) / speed

@@ -111,7 +111,7 @@ class Table:
         self.clusters = None if toy else [i % len(prompts) for i in range(args.samples * len(prompts))]
         self.results, self.figures, self.frontier = {}, {}, None
         print(f"{len(prompts)} openings x {args.samples} samples a row, {args.rollouts} rollouts of {args.tokens} "
-              f"tokens, seeds {args.seed} and {args.test_seed}\n\n{'method':26}{'step':>8}{'KL':>7}{'a token':>8}"
+              f"tokens, seeds {args.seed} and {args.test_seed}\n\n{'method':30}{'step':>8}{'KL':>7}{'a token':>8}"
               f"{'reward':>8}  {'gain':16}{'>0':>5}{'ppl':>8}{'div':>6}  {'distinct-1/2/3':17}{'tok/s':>7}{'fwd':>5}"
               f"{'  check' if args.check else ''}{'  share' if toy or args.optimum else ''}")
         base, earned = self.row("uncontrolled", record=toy)
@@ -149,7 +149,7 @@ class Table:
         if self.frontier:
             f["share"], f["share_error"] = (x / self.frontier.best(f["kl_text"]) for x in (gain, error))
             tail += f"  {f['share']:.3f} +- {f['share_error']:.3f}"
-        print(f"{label:26}{step:8.2f}{f['kl_text']:7.3f}{f['kl_token']:8.4f}{f['reward']:8.3f}  {cells:16}"
+        print(f"{label:30}{step:8.2f}{f['kl_text']:7.3f}{f['kl_token']:8.4f}{f['reward']:8.3f}  {cells:16}"
               f"{f['positive']:5.2f}{f['perplexity']:8.2f}{f['diversity']:6.3f}  "
               + f"{'/'.join(f'''{f[f'distinct_{n}']:.3f}''' for n in (1, 2, 3)):17}"
               + f"{f['tokens_per_second']:7.0f}{f['forwards']:5d}{tail}{note}", flush=True)
@@ -179,7 +179,7 @@ def main(argv=None):
         sample.check_writable(args.json)
     settings = {**METHODS, **(read_json(args.settings) if args.settings else {})}
     model, encoder, asked, prompts = sample.load(args)
-    tuned = GPT.from_pretrained(args.tuned, args.device) if args.tuned else None
+    tuned = GPT.from_pretrained(args.tuned, args.device).pack(args.batch) if args.tuned else None
     tests = prompts
     if args.test:
         asked, tests = sample.encode_prompts(model, encoder, sample.read_prompts(args.test), args.tokens)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import sample                                                                         # noqa: E402
 from control import log_prob                                                          # noqa: E402
-from model import TRANSPOSED, find                                                    # noqa: E402
+from model import GPT, TRANSPOSED, find                                                # noqa: E402
 from train_value import peak_memory                                                   # noqa: E402
 from value import load_reward, write_safetensors, write_whole                         # noqa: E402
 
@@ -104,6 +104,7 @@ def main(argv=None):
     if not len(pairs):
         raise sample.InputError("no two texts of one opening differ in reward; take more --rollouts")
     print(f"{len(pairs)} pairs of {args.rollouts} rollouts, mean reward {rewards.mean():.3f}")
+    model = GPT.from_pretrained(args.model, args.device, getattr(torch, args.dtype))       # one to be tuned
     tune(model, prompts, rollout, pairs, args.beta, args.rate, args.epochs, args.pairs)
     cost = {"rollout_seconds": rolled_out - started, "seconds": time.time() - rolled_out,
             "parameters": sum(p.numel() for p in model.parameters()),

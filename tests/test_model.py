@@ -6,6 +6,7 @@ cached one, each row alone for the batch, and a small language model trained on 
     python -m pytest tests/test_model.py     without transformers or ../shared, those tests skip
     python tests/test_model.py               writes golden.json again; needs transformers
 """
+import copy
 import json
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from conftest import ROOT        # and the root on sys.path
-from model import Cache, GPT, read_header
+from model import GPT, Cache, Config, read_header
 from value import fingerprint, write_safetensors
 
 GOLDEN = Path(__file__).with_name("golden.json")
@@ -118,6 +119,39 @@ def test_cached_pass_equals_the_full_one(model, cuts):
     cache = Cache(model, 2, 12)
     parts = [model(tokens[:, begin:end], cache) for begin, end in zip(cuts, cuts[1:])]
     assert (torch.cat(parts, 1) - model(tokens)).abs().max() < 1e-5
+
+
+def test_slots_move_apart_as_texts_grow_and_are_used_again():
+    """Through several widths of what is read, on a cache that held other texts before."""
+    model = GPT(Config(37, 64, 16, 2, 2, 64)).eval().requires_grad_(False)
+    cache = Cache(model, 3, 61)
+    for seed in range(2):
+        tokens, rooms = torch.randint(37, (3, 61), generator=torch.Generator().manual_seed(seed)), []
+        cache.clear()
+        for t in range(61):
+            state = model(tokens[:, t:t + 1], cache)[:, 0]
+            assert (state - model(tokens[:, :t + 1])[:, -1]).abs().max() < 1e-5
+            rooms.append(cache.room)
+        assert sorted(set(rooms)) == [16, 32, 48, 61]                        # as many as are read, no more
+
+
+@pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-5), (torch.bfloat16, 0.02)], ids=str)
+def test_a_packed_model_is_the_same_model(dtype, error):
+    """Its vocabulary has several parts, the last a short one."""
+    model = GPT(Config(20_000, 24, 16, 2, 2, 64)).to(dtype).eval().requires_grad_(False)
+    packed, tokens = copy.deepcopy(model).pack(2), torch.arange(12).view(2, 6)
+    assert packed.packed == (packed.h[0].mlp.c_fc.weight is None)
+    hidden = model(tokens)
+    assert (packed(tokens) - hidden).norm() < error * hidden.norm()
+    cache, states = Cache(packed, 2, 6), []
+    for t in range(6):
+        states.append(packed(tokens[:, t:t + 1], cache))
+    assert (torch.cat(states, 1) - hidden).norm() < error * hidden.norm()
+    last, out = hidden[:, -1], torch.full((2, 20_000), torch.nan)
+    logits = last.float() @ model.wte.weight.float().T
+    for got in (packed.unembed(last), packed.unembed(last, out), out):
+        assert got.dtype == torch.float32 and (got - logits).norm() < error * logits.norm()
+    assert packed.unembed(hidden).shape == (2, 6, 20_000)
 
 
 def test_ragged_batch_equals_its_rows_alone(model):

@@ -296,6 +296,7 @@ REFUSED = {      # what is wrong -> arguments of both scripts, a word of the mes
     "no tokens": (["--tokens", "0"], "--tokens"),
     "tokens no number": (["--tokens", "many"], "--tokens"),
     "no batch": (["--batch", "0"], "--batch"),
+    "too little memory": (["--max-memory", "0.0001"], "--max-memory"),
     "device unknown": (["--device", "nonsense"], "nonsense"),
     "device absent": (["--device", "cuda"], "no CUDA device"),
     "device that holds no data": (["--device", "meta"], "meta"),
@@ -335,6 +336,7 @@ REFUSED_BY_TRAIN_VALUE = {
     "lam nan": (["--lam", "nan"], "--lam"),
     "rollouts 0": (["--rollouts", "0"], "--rollouts"),
     "no rounds": (["--rounds", "0"], "--rounds"),
+    "states beyond memory": (["--rollouts", "1000000", "--max-memory", "0.1"], "choose --rollouts"),
     "nats 0": (["--nats", "0"], "--nats"),
     "excitation nan": (["--excitation", "nan"], "--excitation"),
     "rate nan": (["--rate", "nan"], "--rate"),
@@ -374,6 +376,14 @@ def refuses(script, argv, word, folder, capsys):
 def test_sample_refuses(case, mess, capsys):
     argv, word = {**REFUSED, **REFUSED_BY_SAMPLE}[case]
     refuses(sample, [*SAMPLE, "--json", "texts.json", *argv], word, mess, capsys)
+
+
+def test_the_batch_is_what_fits_in_memory():
+    """Half the memory beside the weights: half as many texts, or as few as a power of two asks."""
+    model = model_module.GPT.from_pretrained(TOY)
+    weights = sum(weight.nbytes for weight in model.parameters()) / 2 ** 30
+    fit = [sample.fit_batch(model, [[0]], 32, weights + room) for room in (1.0, 0.016, 0.008, 0.004)]
+    assert fit[0] == 256 and fit[1] > fit[2] > fit[3] and all(2 * b == a for a, b in zip(fit[1:], fit[2:]))
 
 
 @pytest.mark.parametrize("case", {**REFUSED, **REFUSED_BY_TRAIN_VALUE})

@@ -152,7 +152,7 @@ def test_settings_are_tuned_and_every_method_is_compared(tmp_path, capsys):
     best = json.loads((tmp_path / "t.json").read_text())
     assert list(best) == ["q", "static"] and best["q"].keys() == METHODS["q"].keys()
     scores = [float(line.split()[1]) for line in out.splitlines() if line.startswith("static") and "+-" in line]
-    assert len(scores) == len(tune.RIDGE) and f"static{max(scores):7.3f} is the best of {len(scores)}" in out
+    assert len(scores) == len(tune.RIDGE) and f"{'static':10}{max(scores):7.3f} is the best of {len(scores)}" in out
     compare.main([*few, "--samples", "60", "--kl", "0.1,0.2", "--candidates", "5", "--best-of", "3",
                   "--check", "sentiment", "--settings", str(tmp_path / "t.json"), "--prefix", "this music . ",
                   "--rounds", "2", "--json", str(tmp_path / "c.json")])
@@ -162,7 +162,7 @@ def test_settings_are_tuned_and_every_method_is_compared(tmp_path, capsys):
     labels |= {"uncontrolled", "prefix", "q 0.1 + prefix", "best 3 reward", "best 3 V", "q 0.1 + best 3 V"}
     assert set(whole) == {"settings", *labels}
     for label in labels:
-        row, = [line for line in out.splitlines() if line.startswith(f"{label:26}")]
+        row, = [line for line in out.splitlines() if line.startswith(f"{label:30}")]
         f, texts = whole[label]["figures"], whole[label]["texts"]
         assert f"{f['kl_text']:7.3f}{f['kl_token']:8.4f}{f['reward']:8.3f}" in row
         assert f["reward"] == pytest.approx(sum(sentiment([text["text"] for text in texts])) / 120, abs=1e-6)

@@ -83,11 +83,11 @@ def main(argv=None):
         for drawn in draw_tries(method, args.tries):
             value = train(model, rollout, rewards, **{**METHODS[method], **drawn}, seed=args.seed)
             tried.append((*predicted(model, value, held_out, outcome, args.nats), drawn))
-            print(f"{method:6}{tried[-1][0]:7.3f} +- {tried[-1][1]:.3f}  "
+            print(f"{method:10}{tried[-1][0]:7.3f} +- {tried[-1][1]:.3f}  "
                   + "  ".join(f"{name} {setting:g}" for name, setting in drawn.items()), flush=True)
         (top, _, settings) = max(tried, key=lambda row: row[0])
         best[method] = {**METHODS[method], **settings}
-        print(f"{method:6}{top:7.3f} is the best of {len(tried)}: {settings}\n", flush=True)
+        print(f"{method:10}{top:7.3f} is the best of {len(tried)}: {settings}\n", flush=True)
     write_whole(args.json, [json.dumps(best, indent=1).encode()])
 
 
