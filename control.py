@@ -21,7 +21,8 @@ Deviations from the paper, on purpose:
        G = W1 W1^T is known a step costs one product of the hidden layer's width; and so does W u, once
        W times those weights is known.
     3. A ball around the state; the paper relies on few steps and a small step size.
-    4. A budget in nats a token on the distribution itself, the quantity a text feels.
+    4. A budget in nats a token on the distribution itself, the quantity a text feels; likewise a target
+       that V of the draw need not exceed.
     5. Only the state of the next token is controlled, not every position of the prompt.
 
 The loop is `Sampler.step`: read the state, find the control, draw a token, move the state on. One
@@ -42,33 +43,29 @@ from model import Cache, InputError
 from value import ValueNet
 
 
-def ascend(value, hidden, steps, step_size, radius, target=math.inf):
+def ascend(value, hidden, steps, step_size, radius):
     """
     hidden (B, n_embd) -> u (B, n_embd), float32: `steps` steps of projected gradient ascent.
 
     Plain gradient steps: where A is flatter than elsewhere, u is smaller and less KL is spent. A negative
-    step_size descends. Where V(h) + A(h + u) - A(h) has reached `target` the climb, or descent, ends. With
-    A's own z = W1 x + b1, G = W1 W1^T and u = std * (W1^T c), c (B, width):
+    step_size descends. With A's own z = W1 x + b1, G = W1 W1^T and u = std * (W1^T c), c (B, width):
 
         a = w2 * phi'(z + dz)      dA/dx = W1^T a
         c += step_size * a         dz = G c,   ||u / std||^2 = c . dz
     """
     w1 = value.climbed.w1
-    c = climb(value, hidden, w1 @ w1.T, steps, step_size, radius, target)
+    c = climb(value, hidden, w1 @ w1.T, steps, step_size, radius)
     return c @ (value.std * w1)                                # (B, width) -> (B, n_embd)
 
 
-def climb(value, hidden, G, steps, step_size, radius, target=math.inf):
+def climb(value, hidden, G, steps, step_size, radius):
     """The loop of `ascend`, with G (width, width) known -> c (B, width)."""
     climbed = value.climbed
     z = climbed.preactivation(hidden)                          # (B, n_embd) -> (B, width)
-    left = target - value(hidden) + climbed.read(z) if target < math.inf else None               # (B,)
     ball = radius * math.sqrt(hidden.size(-1))
     c, dz = torch.zeros_like(z), torch.zeros_like(z)
     for _ in range(steps):
         a = climbed.slope(z + dz)
-        if target < math.inf:
-            a = a * ((left - climbed.read(z + dz)) * step_size > 0)[:, None]
         c = c + step_size * a
         dz = dz + step_size * (a @ G)
         norm = (c * dz).sum(-1, keepdim=True).clamp(min=0).sqrt()
@@ -119,6 +116,24 @@ def kl_ball(logits, delta, max_kl, iterations=10):
     return low
 
 
+def target_ball(logits, delta, worth, rise, iterations=12):
+    """
+    logits, delta, worth (B, n_vocab), rise (B,) -> scale (B,), the largest s in [0, 1], to 1 / 4096, with
+    E_s[worth] - E_0[worth] <= rise under p_s = softmax(logits + s delta), found by bisection: for one step
+    delta is a multiple of worth, and E_s[worth] grows with s.
+    """
+    def expected(s):
+        return torch.linalg.vecdot((logits + s[:, None] * delta).softmax(-1), worth)
+
+    low, high = torch.zeros_like(rise), torch.ones_like(rise)
+    start, s = expected(low), high
+    for _ in range(iterations + 1):
+        inside = expected(s) - start <= rise
+        low, high = torch.where(inside, s, low), torch.where(inside, high, s)
+        s = (low + high) / 2
+    return low
+
+
 @dataclass
 class Controller:
     """How to steer: hidden (B, n_embd) -> u. `step_size` below 0 steers the other way."""
@@ -127,15 +142,15 @@ class Controller:
     step_size: float = 1.0
     radius: float = 1.0
     max_kl: float = math.inf      # nats a token
-    target: float = math.inf      # of V: where to stop climbing
+    target: float = math.inf      # of V: no more control than reaches it, see target_ball
     excitation: float = 0.0       # size of a random control on top, in x, up to so much a coordinate
 
     def climb(self, hidden, G):
         """hidden (B, n_embd) -> c (B, width), see `ascend`, with G = W1 W1^T known."""
-        return climb(self.value, hidden, G, self.steps, self.step_size, self.radius, self.target)
+        return climb(self.value, hidden, G, self.steps, self.step_size, self.radius)
 
     def __call__(self, hidden):
-        u = ascend(self.value, hidden, self.steps, self.step_size, self.radius, self.target)
+        u = ascend(self.value, hidden, self.steps, self.step_size, self.radius)
         if self.excitation:
             size = self.excitation * torch.rand(len(u), 1, device=u.device)
             u = u + size * self.value.std * torch.randn_like(u)
@@ -161,7 +176,7 @@ class Rollout:
     logp: torch.Tensor            # log p(y_t) under the uncontrolled model at temperature 1, nats
     logq: torch.Tensor            # log p_u(y_t), that of the draw: controlled, at the decoding's temperature
     before: torch.Tensor          # V(h_t)
-    after: torch.Tensor           # V(h_t) + A(h_t + u_t) - A(h_t), u_t as kl_ball has scaled it
+    after: torch.Tensor           # V(h_t) + dA/dx . E[psi_x], psi of the draw under p_u: E[Q] of value.py
     hidden: torch.Tensor          # h_t, or h_t + u_t where u_t is an excitation; in the model's dtype
     psi: torch.Tensor             # W[y_t] - E[W] under p_u, likewise; both empty unless recorded
     earned: torch.Tensor          # reward of the text before y_t; 0 until it is scored (sample.roll_out)
@@ -186,9 +201,10 @@ class Sampler:
                 self.G, self.directions = w1 @ w1.T, control.value.std * w1       # a product of V's width,
                 self.pushes = model.unembed(self.directions)   # not of n_embd, with (width, n_vocab)
         self.cache = Cache(model, batch, size)
-        # Made once: on a CPU the page faults of a fresh (B, n_vocab) cost more than the passes over it.
-        buffers = torch.empty(4, batch, model.config.n_vocab, device=device)
-        self.logits, self.delta, self.moved, self.probs = buffers
+        # Made once: on a CPU the page faults of a fresh (B, n_vocab) cost more than the passes over it. What
+        # is not reported may be written over.
+        buffers = torch.empty(4 if report else 2, batch, model.config.n_vocab, device=device)
+        self.logits, self.delta, self.moved, self.probs = [*buffers, *buffers][:4]
         self.hidden = torch.zeros(batch, n_embd, dtype=model.wte.weight.dtype, device=device)
         self.alive = torch.ones(batch, dtype=torch.bool, device=device)
         self.t = torch.zeros(1, dtype=torch.long, device=device)
@@ -217,22 +233,34 @@ class Sampler:
             excited = getattr(self.control, "excitation", 0) > 0
             self.write(t, hidden=(h + u).to(h.dtype) if excited else h, psi=model.wte(token) - mean)
         if self.report:
-            self.measure(h, u, token, logits, kept, delta, moved)
+            self.measure(h, token, logits, kept, delta, moved)
         self.alive.logical_and_(token != model.config.eos_token_id)
         self.hidden.copy_(model(token[:, None], self.cache)[:, 0])
         t.add_(1)
 
-    def measure(self, h, u, token, logits, kept, delta, moved):
-        """Write log p(y_t), KL = E_q[delta] - log E_p[exp(delta)] and the values; uses up probs and delta."""
-        if self.control is not None:
-            kl = torch.mul(self.probs, delta, out=delta).sum(-1) - log_normaliser(moved, self.probs)
+    def measure(self, h, token, logits, kept, delta, moved):
+        """Write log p(y_t), KL = E_q[delta] - log E_p[exp(delta)] and the values; uses up moved and probs."""
+        steered = self.control is not None
+        if steered:
+            worth = self.worth(h, delta)
+            kl = torch.linalg.vecdot(self.probs, delta) - log_normaliser(moved, self.probs)
+            after = self.control.value(h) + torch.linalg.vecdot(self.probs, worth)
         log_z = log_normaliser(logits, torch.softmax(logits, -1, out=self.probs))
         self.write(self.t, logp=logits.gather(1, token[:, None])[:, 0] - log_z)
-        if self.control is not None:
+        if steered:
             if kept is not logits:
                 log_z = log_normaliser(kept, torch.softmax(kept, -1, out=self.probs))
             self.write(self.t, kl=kl + log_z, before=self.control.value(h),
-                       after=self.control.value.controlled(h, u))
+                       after=after - torch.linalg.vecdot(self.probs, worth))
+
+    def worth(self, h, delta):
+        """h (B, n_embd) -> what drawing each token is worth, dA/dx . std W[y], up to a constant (B, n_vocab)"""
+        if isinstance(self.control, Guided):
+            return delta / (self.control.step_size or 1.0)
+        value, climbed = self.control.value, self.control.value.climbed
+        if self.pushes is None:
+            return self.model.unembed(value.std * climbed.gradient(h))
+        return climbed.slope(climbed.preactivation(h)) @ self.pushes
 
     def steer(self, h, kept):
         """h (B, n_embd), kept logits (B, n_vocab) -> u (B, n_embd), what it adds to the logits; or None."""
@@ -248,6 +276,11 @@ class Sampler:
             u, delta = c @ self.directions, torch.mm(c, self.pushes, out=self.delta)
         if self.decoding.temperature not in (0, 1):
             delta /= self.decoding.temperature
+        if self.control.target < math.inf:
+            sign = 1 if self.control.step_size > 0 else -1
+            rise = sign * (self.control.target - self.control.value(h))
+            scale = target_ball(kept, delta, sign * self.worth(h, delta), rise)[:, None]
+            u, delta = scale * u, delta.mul_(scale)
         if self.control.max_kl < math.inf:
             scale = kl_ball(kept, delta, self.control.max_kl)[:, None]
             u, delta = scale * u, delta.mul_(scale)

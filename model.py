@@ -156,7 +156,7 @@ class GPT(nn.Module):
             logits = F.linear(hidden.to(W.dtype), W)
             return logits.float() if out is None else out.copy_(logits)
         out = torch.empty(*hidden.shape[:-1], len(W)) if out is None else out
-        for part, logits in zip(W.split(8192), out.split(8192, -1)):   # oneDNN lays out a part at a time anew:
+        for part, logits in zip(W.split(4096), out.split(4096, -1)):   # oneDNN lays out a part at a time anew:
             logits.copy_(onednn_linear(hidden.to(W.dtype), part))      # all of W would be much memory
         return out
 

@@ -361,7 +361,7 @@ def parse_args(argv):
     add("--radius", type=number(float, 0, math.inf), help="of the ball around the state; 1: the typical "
                                                           "distance from the mean (default: saved with V)")
     add("--max-kl", type=number(float, 0, math.inf), default=math.inf, help="of the control, nats a token")
-    add("--target", type=number(float, -1e9, math.inf), default=math.inf, help="of V: where to stop climbing")
+    add("--target", type=number(float, -1e9, math.inf), default=math.inf, help="of V: no more control than reaches it")
     add("--sign", type=int, choices=(1, -1), default=1, help="-1 steers towards low V")
     args = parser.parse_args(argv)
     if 0 < args.temperature < 1e-3:

@@ -23,9 +23,9 @@ data does not span, and ascent goes exactly there. So what is climbed is trained
 
 the value of drawing y: one Bellman equation for states and tokens, Q(h_t, y_t) = V(h_{t+1}), which
 averaged over y_t is the one above, as E[psi] = 0. Its KL-optimal policy, p(y) exp(Q(h, y) / beta), is
-exactly softmax(W (h + u)) with u_x = dA/dx / beta: one gradient step. A is a net like V, its `lift`: the
-value of a controlled state is V(h) + A(h + u) - A(h). The paper has A = V: it reads V(h + u) as if
-control led to the state h + u, but no text leads there. Fitted by one net, both suffer (tests/ablate.py).
+exactly softmax(W (h + u)) with u_x = dA/dx / beta: one gradient step. A is a net like V, its `lift`. The
+value of a controlled state is E[Q] under its draw; the paper has A = V and reads V(h + u), as if control
+led to the state h + u, but no text leads there. Fitted by one net, both suffer (tests/ablate.py).
 
 A learns from the advantage of each draw, how much higher the forecast of the reward stands after it. V
 reads one state, which hardly holds what the text has said so far; while learning, the text is at hand,
@@ -96,12 +96,6 @@ class ValueNet(nn.Module):
         climbed = self.climbed
         slope = climbed.slope(climbed.preactivation(hidden))
         return (slope * ((climbed.std * psi) @ climbed.w1.T)).sum(-1)
-
-    def controlled(self, hidden, u):
-        """hidden, u (..., n_embd) -> V(h) + A(h + u) - A(h) (...), which is V(h + u) where V is climbed."""
-        if self.lift is None:
-            return self(hidden + u)
-        return self(hidden) + self.lift(hidden + u) - self.lift(hidden)
 
     def standardise(self, states):
         """Take x from the mean and the standard deviation of states (N, n_embd)."""

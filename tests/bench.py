@@ -51,6 +51,7 @@ class Paper:
     steps: int = 30
     step_size: float = 1.0
     max_kl: float = float("inf")
+    target: float = float("inf")
 
     def __call__(self, hidden):
         with torch.enable_grad():
@@ -176,7 +177,7 @@ def main(argv=None):
         parser.error(f"--model takes {', '.join(SHAPES)}")
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     speed = bandwidth(device)
-    peak(random_model("tiny", device, dtype), ValueNet(64, 8).to(device), 1, 2, 0)     # loads libraries
+    peak(random_model("tiny", device, dtype).pack(1), ValueNet(64, 8).to(device), 1, 2, 0)     # loads libraries
     bare = memory(device, since_now=True)
 
     def fresh():

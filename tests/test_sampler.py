@@ -266,7 +266,28 @@ def test_recorded_figures_equal_a_full_pass(model, rows, how):
         assert torch.allclose(rollout.logq[i, steps].double(), q.log_prob(y), atol=1e-4)
         if control:
             assert torch.allclose(rollout.before[i, steps], control.value(h), atol=1e-4)
-            assert torch.allclose(rollout.after[i, steps], control.value(h + u), atol=1e-4)
+            worth = control.value.worth(h, (q.probs - p.probs).float() @ W)                      # E_q[psi]
+            assert torch.allclose(rollout.after[i, steps], control.value(h) + worth, atol=1e-3)
+
+
+@pytest.mark.parametrize("how", ["controlled", "controlled, top"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_control_ends_at_the_target(model, rows, how, sign):
+    """Where more could be had: there E[Q] is the target; where V is beyond it, nothing is done."""
+    control = strong_control(radius=100.0)
+    control.steps, control.step_size = 1, sign * control.step_size
+    free = rolled(model, rows, how, control=control)
+    before, after = free.before[:, 0], free.after[:, 0]        # of the prompts: the same under any control
+    assert (sign * (after - before) > 0).all()
+    middle = (before + after) / 2
+    control.target = target = middle[(sign * (after - before)).argmax()].item()
+    rollout = rolled(model, rows, how, control=control)
+    beyond, short = sign * (before - target) >= 0, sign * (target - after) >= 0
+    assert torch.equal(rollout.before[:, 0], before) and (rollout.kl[:, 0][beyond].abs() < 1e-5).all()
+    assert torch.allclose(rollout.after[:, 0][short], after[short], atol=1e-4)
+    held = ~beyond & ~short
+    assert held.any() and (beyond | short).any()
+    assert torch.allclose(rollout.after[:, 0][held], torch.tensor(target), atol=2e-3)
 
 
 @pytest.mark.parametrize("how", ["controlled", "controlled, top"])
