@@ -275,34 +275,26 @@ def parse_args(argv):
     return args
 
 
-def main(argv=None):
-    """Rollouts, rewards, V; the report; the file; a few steered texts."""
-    args = parse_args(argv)
-    sample.check_writable(args.out)
-    model, encoder, _, prompts = sample.load(args)
-    check_fits(args, model)
-    reward = load_reward(args.reward, args.device)
+def timed(spent, system, args, samples, seed, label, **how):
+    """sample.roll_out of system = (model, encoder, reward, prompts); its seconds are added to `spent`."""
+    clock, show = [time.time()], sample.progress(label)
 
-    started, drawing, scoring = time.time(), 0.0, 0.0          # seconds
+    def progress(done, total):
+        show(done, total)
+        clock.append(time.time())
 
-    def rolled(samples, seed, label, **how):
-        nonlocal drawing, scoring
-        clock, show = [time.time()], sample.progress(label)
+    texts = sample.roll_out(*system, samples, args.tokens, seed, batch=args.batch, progress=progress, **how)
+    spent["drawing"] += clock[-1] - clock[0]
+    spent["scoring"] += time.time() - clock[-1]
+    return texts
 
-        def progress(done, total):
-            show(done, total)
-            clock.append(time.time())
-        texts = sample.roll_out(model, encoder, reward, prompts, samples, args.tokens, seed, batch=args.batch,
-                                progress=progress, **how)
-        drawing, scoring = drawing + clock[-1] - clock[0], scoring + time.time() - clock[-1]
-        return texts
 
-    settings = {name: getattr(args, name) for name in METHODS[args.method]}
-    control, first = None, None
-
+def iterate(args, model, rolled, settings):
+    """--rounds of rollouts and training -> the last Controller."""
     def log(net, epoch, loss):
         print(f"{net}  epoch {epoch + 1:2d}  squared error {loss:.4f}")
 
+    control, first = None, None
     if args.excitation:
         torch.manual_seed(args.seed)
         control = excitation(rolled(args.batch, args.seed, "pilot", record=True)[0], args.excitation)
@@ -317,7 +309,20 @@ def main(argv=None):
                              f"--reward")
         first = rollout if first is None else first
         control = improve(model, control, rollout, rewards, first, args.nats, settings, seed=args.seed, log=log)
-    value, training = control.value, time.time() - started - drawing - scoring
+    return control
+
+
+def main(argv=None):
+    """Rollouts, rewards, V; the report; the file; a few steered texts."""
+    args = parse_args(argv)
+    sample.check_writable(args.out)
+    model, encoder, _, prompts = sample.load(args)
+    check_fits(args, model)
+    started, spent = time.time(), {"drawing": 0.0, "scoring": 0.0}                # seconds
+    rolled = partial(timed, spent, (model, encoder, load_reward(args.reward, args.device), prompts), args)
+    settings = {name: getattr(args, name) for name in METHODS[args.method]}
+    control = iterate(args, model, rolled, settings)
+    value, training = control.value, time.time() - started - sum(spent.values())
     held_out, outcome, _ = rolled(args.held_out, args.seed + 1, "held-out rollouts", record=True)
     report(value, held_out, outcome)
     value.save(args.out, fingerprint=fingerprint(model), model=str(args.model), method=args.method,
@@ -325,7 +330,7 @@ def main(argv=None):
                temperature=1.0, seed=args.seed, excitation=args.excitation, nats=args.nats,
                step_size=control.step_size, radius=control.radius)
     print(f"\n{args.out}: {sum(p.numel() for p in value.parameters()):,} parameters trained; drawing "
-          f"{drawing:.0f} s, scoring {scoring:.0f} s, training {training:.0f} s, peak memory "
+          f"{spent['drawing']:.0f} s, scoring {spent['scoring']:.0f} s, training {training:.0f} s, peak memory "
           f"{peak_memory(model.wte.weight.device):.0f} MiB; a step of {control.step_size:.2f} costs about "
           f"{args.nats:g} nats a text")
     few = min(max(len(prompts), 2), 4)
