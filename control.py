@@ -120,7 +120,7 @@ def target_ball(logits, delta, worth, rise, iterations=12):
     """
     logits, delta, worth (B, n_vocab), rise (B,) -> scale (B,), the largest s in [0, 1], to 1 / 4096, with
     E_s[worth] - E_0[worth] <= rise under p_s = softmax(logits + s delta), found by bisection: for one step
-    delta is a multiple of worth, and E_s[worth] grows with s.
+    delta is a multiple of worth, and E_s[worth] grows with s. (For several it need not: then some such s.)
     """
     def expected(s):
         return torch.linalg.vecdot((logits + s[:, None] * delta).softmax(-1), worth)
@@ -176,7 +176,7 @@ class Rollout:
     logp: torch.Tensor            # log p(y_t) under the uncontrolled model at temperature 1, nats
     logq: torch.Tensor            # log p_u(y_t), that of the draw: controlled, at the decoding's temperature
     before: torch.Tensor          # V(h_t)
-    after: torch.Tensor           # V(h_t) + dA/dx . E[psi_x], psi of the draw under p_u: E[Q] of value.py
+    after: torch.Tensor           # E[Q(h_t, y)] of value.py, y ~ p_u: V(h_t) + dA/dx . std (E_u[W] - E_0[W])
     hidden: torch.Tensor          # h_t, or h_t + u_t where u_t is an excitation; in the model's dtype
     psi: torch.Tensor             # W[y_t] - E[W] under p_u, likewise; both empty unless recorded
     earned: torch.Tensor          # reward of the text before y_t; 0 until it is scored (sample.roll_out)
@@ -212,7 +212,8 @@ class Sampler:
         kl, logp, logq, before, after, earned = torch.zeros(6, batch, n_tokens, device=device)
         hidden, psi = self.hidden.new_zeros(2, batch, n_tokens if record else 0, n_embd)
         self.out = Rollout(kl.long(), kl.bool(), kl, logp, logq, before, after, hidden, psi, earned)
-        self.graphs = {} if device.type == "cuda" else None    # {span: graph}; None: every step eager
+        captured = device.type == "cuda" and not getattr(control, "eager", False)
+        self.graphs = {} if captured else None                 # {span: graph}; None: every step eager
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def step(self):
@@ -239,19 +240,19 @@ class Sampler:
         t.add_(1)
 
     def measure(self, h, token, logits, kept, delta, moved):
-        """Write log p(y_t), KL = E_q[delta] - log E_p[exp(delta)] and the values; uses up moved and probs."""
+        """Write log p(y_t), KL = E_q[delta] - log E_p[exp(delta)] and the values; probs, so far q, becomes p."""
         steered = self.control is not None
         if steered:
-            worth = self.worth(h, delta)
+            value, worth = self.control.value(h), self.worth(h, delta)
             kl = torch.linalg.vecdot(self.probs, delta) - log_normaliser(moved, self.probs)
-            after = self.control.value(h) + torch.linalg.vecdot(self.probs, worth)
+            after = value + torch.linalg.vecdot(self.probs, worth)
         log_z = log_normaliser(logits, torch.softmax(logits, -1, out=self.probs))
         self.write(self.t, logp=logits.gather(1, token[:, None])[:, 0] - log_z)
         if steered:
             if kept is not logits:
                 log_z = log_normaliser(kept, torch.softmax(kept, -1, out=self.probs))
-            self.write(self.t, kl=kl + log_z, before=self.control.value(h),
-                       after=after - torch.linalg.vecdot(self.probs, worth))
+            after = after - torch.linalg.vecdot(self.probs, worth)
+            self.write(self.t, kl=kl + log_z, before=value, after=after)
 
     def worth(self, h, delta):
         """h (B, n_embd) -> what drawing each token is worth, dA/dx . std W[y], up to a constant (B, n_vocab)"""

@@ -56,14 +56,14 @@ class Config:
 
 
 class Linear(nn.Linear):
-    """y = W x + b; once packed, with W as oneDNN multiplies by it (GPT.pack)."""
-    packed = None
+    """y = W x + b; once packed, with W in the blocks that oneDNN multiplies by (GPT.pack)."""
+    blocks = None
 
     def pack(self, rows):
-        self.packed, self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, rows), None
+        self.blocks, self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, rows), None
 
     def forward(self, x):
-        return super().forward(x) if self.packed is None else onednn_linear(x, self.packed, self.bias)
+        return super().forward(x) if self.blocks is None else onednn_linear(x, self.blocks, self.bias)
 
 
 def onednn_linear(x, weight, bias=None):
@@ -152,23 +152,25 @@ class GPT(nn.Module):
         `out` (B, n_vocab) if there is one.
         """
         W = self.wte.weight
-        if not self.packed:
-            logits = F.linear(hidden.to(W.dtype), W)
-            return logits.float() if out is None else out.copy_(logits)
-        out = torch.empty(*hidden.shape[:-1], len(W)) if out is None else out
-        for part, logits in zip(W.split(4096), out.split(4096, -1)):   # oneDNN lays out a part at a time anew:
-            logits.copy_(onednn_linear(hidden.to(W.dtype), part))      # all of W would be much memory
-        return out
+        hidden = hidden.to(W.dtype)
+        if self.packed:
+            out = torch.empty(*hidden.shape[:-1], len(W)) if out is None else out
+            for part, logits in zip(W.split(4096), out.split(4096, -1)):   # oneDNN lays out a part at a time
+                logits.copy_(onednn_linear(hidden, part))                  # anew: all of W would be much memory
+            return out
+        if out is not None and W.dtype == torch.float32:
+            return torch.mm(hidden, W.T, out=out)
+        logits = F.linear(hidden, W)
+        return logits.float() if out is None else out.copy_(logits)
 
     def pack(self, rows):
         """
-        -> self, frozen for good: on a CPU each W of the blocks is laid out anew, in the blocks oneDNN reads in
-        a product with so many rows. Otherwise it does so at every product, which at few rows takes as long
+        -> self, frozen for good: on a CPU the weights of all layers are laid out anew, in the blocks oneDNN reads
+        in a product with so many rows. Otherwise it does so at every product, which at few rows takes as long
         as the product. The embedding stays as it is, being looked up as well.
         """
         W = self.wte.weight
-        W = self.wte.weight
-        if W.device.type == "cpu" and torch.backends.mkldnn.is_available() \
+        if W.device.type == "cpu" and torch.backends.mkldnn.is_available() and not self.packed \
                 and (W.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
             for module in self.modules():
                 if isinstance(module, Linear):
@@ -218,24 +220,22 @@ class Cache:
         self.lengths.zero_()
         self.span, self.room = 0, self.size if self.keys.is_cuda else 0
 
-    def slots(self, flat):
+    def slots(self, flat, room):
         """A layer's keys or values (batch * size * n_embd,) -> (B, n_head, room, d)"""
         batch, heads, d = self.shape
-        return flat[:batch * heads * self.room * d].view(batch, heads, self.room, d)
+        return flat[:batch * heads * room * d].view(batch, heads, room, d)
 
     def make_room(self):
         """Move the slots of all rows apart, for `reach` of them a row."""
-        before, after = self.room, self.reach
-        for flat in (*self.keys, *self.values) if after > before else ():
-            self.room = before
-            had = self.slots(flat).clone()
-            self.room = after
-            self.slots(flat)[:, :, :before] = had
-        self.room = max(before, after)
+        if self.reach > self.room:
+            for flat in (*self.keys, *self.values):
+                had = self.slots(flat, self.room).clone()
+                self.slots(flat, self.reach)[:, :, :self.room] = had
+            self.room = self.reach
 
     def store(self, layer, k, v, positions):
         """Write k, v (B, n_head, T, d) at positions (B, T); return all live ones (.., reach, d)."""
-        keys, values = self.slots(self.keys[layer]), self.slots(self.values[layer])
+        keys, values = self.slots(self.keys[layer], self.room), self.slots(self.values[layer], self.room)
         keys[self.rows, :, positions] = k.transpose(1, 2)
         values[self.rows, :, positions] = v.transpose(1, 2)
         return keys[:, :, :self.reach], values[:, :, :self.reach]

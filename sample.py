@@ -27,7 +27,7 @@ import torch
 
 from control import (Controller, Decoding, Guided, best_of_kl, generate, pick_best, teacher_force,
                      uniform_table)
-from model import GPT, InputError
+from model import GPT, InputError, text_of
 from value import RewardModel, ValueNet, load_reward, load_tokenizer, write_whole
 
 
@@ -232,8 +232,8 @@ class Parser(argparse.ArgumentParser):
         add("--seed", type=number(int, 0, 2 ** 62), default=seed, help="of the draws: same seed, same texts")
         add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1, cpu")
         add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model's weights")
-        add("--batch", type=count, help="texts drawn side by side (default: as many as fit, up to 256 on a CPU "
-                                        "and 1024 on a GPU)")
+        add("--batch", type=count, help="texts drawn side by side (default: as many as fit, up to 256 on a CPU and "
+                                        "1024 on a GPU)")
         add("--max-memory", type=number(float, 1e-6, 1e6), metavar="GIB", help="what model, texts and states may "
             "take (default: four fifths of the device's)")
 
@@ -267,6 +267,7 @@ def load(args):
             torch.cuda.set_device(device)                      # graphs are captured on the current one
     except RuntimeError as error:
         raise InputError(f"--device {args.device}: {str(error).splitlines()[0]}; use --device cpu") from None
+    args.max_memory = args.max_memory or 0.8 * memory_of(device)
     model = GPT.from_pretrained(args.model, device, getattr(torch, args.dtype))
     encoder = load_tokenizer(args.model)
     if encoder.n_vocab != model.config.n_vocab:
@@ -284,31 +285,30 @@ def load(args):
         texts, prompts = [""], [[model.config.bos_token_id]]   # texts from their beginning on
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{args.model}: {parameters:,} parameters, frozen, {args.dtype} on {device}; {len(texts)} prompts")
-    args.max_memory = args.max_memory or 0.8 * memory_of(device)
-    args.batch = args.batch or fit_batch(model, prompts, args.tokens, args.max_memory)
-    rows = min(args.batch, getattr(args, "samples", args.batch) * len(prompts))
-    return model.pack(rows), encoder, texts, prompts
+    args.spare = args.max_memory * 2 ** 30 - sum(weight.nbytes for weight in model.parameters())       # bytes
+    args.batch = args.batch or fit_batch(model, prompts, args.tokens, args.spare / 2)
+    return model.pack(args.batch), encoder, texts, prompts
 
 
 def memory_of(device):
-    """What is free of a GPU's memory, or all of the machine's, GiB."""
+    """What is free of a GPU's memory, or what this machine or container has, GiB."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] / 2 ** 30
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2 ** 30
+    limit = text_of(Path("/sys/fs/cgroup/memory.max"))
+    whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return min(whole, int(limit) if limit.isdecimal() else whole) / 2 ** 30
 
 
-def fit_batch(model, prompts, n_tokens, gibibytes):
-    """How many texts drawn side by side, a power of two, fit beside the weights; more than this gain little."""
-    config, W = model.config, model.wte.weight
-    slots = max(map(len, prompts)) + n_tokens
-    cached = 2 * config.n_layer * slots + 4 * n_tokens         # vectors, recorded states and psi included
-    text = cached * config.n_embd * W.itemsize + 6 * 4 * config.n_vocab            # and rows of float32 logits
-    weights = sum(weight.nbytes for weight in model.parameters())
-    room = (gibibytes * 2 ** 30 - weights) // text
-    if room < 1:
-        raise InputError(f"{(weights + text) / 2 ** 30:.2g} GiB for the weights and one text, and --max-memory is "
-                         f"{gibibytes:.2g}; allow more, or take a smaller --model")
-    return min(1024 if W.is_cuda else 256, 2 ** int(math.log2(room)))
+def fit_batch(model, prompts, n_tokens, spare):
+    """How many texts drawn side by side, a power of two, fit into `spare` bytes; above 256 (1024) it gains little."""
+    config, W, longest = model.config, model.wte.weight, max(map(len, prompts))
+    cached = 2 * config.n_layer * (longest + n_tokens) + 4 * n_tokens              # recorded states and psi too
+    reading = longest * (3 * 4 * config.n_head * longest + 4 * config.n_inner * W.itemsize)
+    text = cached * config.n_embd * W.itemsize + reading + 12 * 4 * config.n_vocab  # rows of float32 logits
+    if spare < text:
+        raise InputError(f"{text / 2 ** 30:.4f} GiB for a text beside the weights, and --max-memory leaves "
+                         f"{max(spare, 0) / 2 ** 30:.4f}; allow more, or take shorter prompts or a smaller --model")
+    return min(1024 if W.is_cuda else 256, 2 ** int(math.log2(spare // text)))
 
 
 def check_writable(path):
@@ -366,6 +366,10 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     if 0 < args.temperature < 1e-3:
         raise InputError(f"--temperature {args.temperature:g}: choose 0 (most probable token) or 0.001 up")
+    if args.target < math.inf and args.temperature == 0:
+        raise InputError("--target: of the draw on average, and at --temperature 0 none is drawn; leave it out")
+    if args.method == "guided" and min(args.target, args.max_kl) < math.inf:
+        raise InputError("--target and --max-kl: of --method control only; leave them out")
     return args
 
 
@@ -445,6 +449,8 @@ def main(argv=None):
         table[label] = figures(rollout, scores)
         if args.temperature == 0 or plan and not sampled:      # KL is not defined, or not known
             table[label]["kl_token"] = table[label]["kl_text"] = math.nan
+        if args.temperature == 0:                              # nor is what a draw is worth on average
+            table[label]["after"] = math.nan
     if samples > 1:
         show_pairs(results, range(min(args.show, samples)))
     show(table)

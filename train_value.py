@@ -160,8 +160,10 @@ def fit_static(rollout, rewards, ridge, first=False):
     mask = rollout.mask.clone()
     value = ValueNet(rollout.hidden.size(-1), 1).to(mask.device)
     value.standardise(rollout.hidden[mask])
-    mask[:, 1:] &= not first
+    if first:
+        mask[:, 1:] = False
     x = (rollout.hidden[mask] - value.mean) / value.std        # (states, n_embd)
+    x -= x.mean(0)                                             # 0 already for all states
     outcome = (rewards - rewards.mean())[:, None].expand_as(mask)[mask]
     gram = x.T @ x                                             # (n_embd, n_embd)
     w = torch.linalg.solve(gram + ridge * gram.diag().mean() * torch.eye(len(gram), device=gram.device),
@@ -227,11 +229,12 @@ def report(value, rollout, rewards):
 
 def check_fits(args, model):
     """InputError now, not after hours of drawing, where the states of the rollouts would not fit."""
-    W, spare = model.wte.weight, args.max_memory * 2 ** 30 - sum(weight.nbytes for weight in model.parameters())
+    W, most = model.wte.weight, max(args.rollouts * min(args.rounds, 3), args.held_out)
     text = args.tokens * W.size(1) * 2 * (W.itemsize + 4)      # states and psi, and once more while training
-    if args.rollouts * text > spare:
-        raise InputError(f"--rollouts {args.rollouts}: their states take {args.rollouts * text / 2 ** 30:.2g} GiB, and "
-                         f"--max-memory leaves {spare / 2 ** 30:.2g}; choose --rollouts {spare // text:.0f}")
+    if most * text > args.spare / 2:                           # the other half is the sampler's
+        raise InputError(f"the states of {most} rollouts take {most * text / 2 ** 30:.3f} GiB, and --max-memory "
+                         f"{args.max_memory:.3f} leaves {args.spare / 2 ** 31:.3f} for them; choose fewer "
+                         f"--rollouts or --tokens")
 
 
 def peak_memory(device):
@@ -268,7 +271,7 @@ def parse_args(argv):
     add("--held-out", type=number(int, 16, 2 ** 31), default=1000, help="texts to report on")
     own("--width", type=number(int, 1, 65536), default=argparse.SUPPRESS, help="of V's hidden layer")
     own("--ridge", type=number(float, 0, 1e9), default=argparse.SUPPRESS,
-        help="of static, relative to the mean square of a feature")
+        help="of static and static-h0, relative to the mean square of a feature")
     args = parser.parse_args(argv)
     for name, setting in METHODS[args.method].items():
         setattr(args, name, getattr(args, name, setting))
@@ -297,7 +300,7 @@ def iterate(args, model, rolled, settings):
     control, first = None, None
     if args.excitation:
         torch.manual_seed(args.seed)
-        control = excitation(rolled(args.batch, args.seed, "pilot", record=True)[0], args.excitation)
+        control = excitation(rolled(256, args.seed, "pilot", record=True)[0], args.excitation)
     for i in range(args.rounds):
         rollout, rewards, _ = rolled(args.rollouts, args.seed + 10_000 * i, "rollouts", record=True, earned=True,
                                      control=control)
@@ -318,8 +321,9 @@ def main(argv=None):
     sample.check_writable(args.out)
     model, encoder, _, prompts = sample.load(args)
     check_fits(args, model)
+    reward = load_reward(args.reward, args.device)
     started, spent = time.time(), {"drawing": 0.0, "scoring": 0.0}                # seconds
-    rolled = partial(timed, spent, (model, encoder, load_reward(args.reward, args.device), prompts), args)
+    rolled = partial(timed, spent, (model, encoder, reward, prompts), args)
     settings = {name: getattr(args, name) for name in METHODS[args.method]}
     control = iterate(args, model, rolled, settings)
     value, training = control.value, time.time() - started - sum(spent.values())

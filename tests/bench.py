@@ -52,6 +52,7 @@ class Paper:
     step_size: float = 1.0
     max_kl: float = float("inf")
     target: float = float("inf")
+    eager = True                                               # autograd from Python at every step
 
     def __call__(self, hidden):
         with torch.enable_grad():
@@ -151,7 +152,6 @@ def make_rows(model, theirs, value, batch, n_tokens):
             "paper": dict(control=Paper(value), report=False)}
     samplers = {label: Sampler(model, batch, PROMPT + n_tokens, n_tokens, Decoding(), **how)
                 for label, how in ways.items()}
-    samplers["paper"].graphs = None                            # autograd from Python at every step
     rows = {label: partial(sampler.run, prompts, uniforms) for label, sampler in samplers.items()}
     if theirs is not None:
         ids = torch.tensor(prompts, device=model.wte.weight.device)
@@ -184,6 +184,7 @@ def main(argv=None):
         torch.manual_seed(args.seed)
         return random_model(args.model, device, dtype)
 
+    torch.manual_seed(args.seed)
     value = ValueNet(SHAPES[args.model][1], args.width, lift=args.width).to(device).requires_grad_(False)
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(f"{args.model}, {args.dtype}, {where}, {torch.get_num_threads()} threads, {speed / 1e9:.0f} GB/s, "

@@ -262,7 +262,7 @@ def own_kl(args, table, prompts, guide, budgets):
     """The rows whose KL is not a dial, or not the control's: alone, and on top of the control `guide`."""
     if args.candidates:
         witness = Witness(guide.value, candidates=args.candidates)
-        pilot, *_ = table.roll_out(prompts, args.batch, args.seed, control=witness)
+        pilot, *_ = table.roll_out(prompts, min(args.batch, 256), args.seed, control=witness)
         for nats in budgets:
             guided = Guided(guide.value, witness.step_for_kl(pilot.mask, nats), args.candidates)
             table.row(f"guided {nats:g}", guided.step_size, 1 + args.candidates, control=guided)
@@ -280,6 +280,8 @@ def own_kl(args, table, prompts, guide, budgets):
 
 class Witness(Guided):
     """Looks ahead without re-weighting, and remembers: from what it saw follows the KL at any step size."""
+    eager = True                                               # Python at every step: no CUDA graph
+
     def __call__(self, model, cache, hidden, logits):
         best, _, gains = self.look_ahead(model, cache, hidden, logits)
         log_p = best - logits.logsumexp(-1, keepdim=True)

@@ -27,9 +27,10 @@ HOWS = {"plain": (Decoding(), False), "cool": (Decoding(0.7), False),
         "controlled, top": (Decoding(0.8, 20, 0.95), True)}
 
 
-@pytest.fixture(scope="module")
-def model():
-    return GPT.from_pretrained(TOY)
+@pytest.fixture(scope="module", params=["loaded", "packed"])
+def model(request):
+    model = GPT.from_pretrained(TOY)
+    return model.pack(12) if request.param == "packed" else model
 
 
 @pytest.fixture(scope="module")
@@ -270,6 +271,22 @@ def test_recorded_figures_equal_a_full_pass(model, rows, how):
             assert torch.allclose(rollout.after[i, steps], control.value(h) + worth, atol=1e-3)
 
 
+@pytest.mark.parametrize("width", [5, 80])
+def test_after_is_the_expected_q(model, rows, width):
+    """With a lift, narrower and wider than a state: V from one net, the worth of the draw from the other."""
+    value = random_net(3, 64, 7).requires_grad_(False)
+    value.lift = random_net(4, 64, width).requires_grad_(False)
+    value.lift.mean, value.lift.std = value.mean, value.std
+    control = Controller(value, steps=3, step_size=10.0, radius=100.0, max_kl=0.05)
+    rollout = rolled(model, rows, control=control, record=True)
+    h, W = rollout.hidden[rollout.mask], model.wte.weight
+    kept, delta = h @ W.T, control(h) @ W.T
+    q = (kept + kl_ball(kept, delta, 0.05)[:, None] * delta).softmax(-1)
+    expected = value(h) + value.worth(h, (q - kept.softmax(-1)) @ W)
+    assert (expected - value(h)).abs().max() > 0.01
+    assert torch.allclose(rollout.after[rollout.mask], expected, atol=2e-3)
+
+
 @pytest.mark.parametrize("how", ["controlled", "controlled, top"])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_control_ends_at_the_target(model, rows, how, sign):
@@ -322,16 +339,18 @@ def test_guided_decoding_against_whole_texts(model, rows, scale):
     """Each candidate's state from a full forward pass over the text that it would make."""
     value, k = random_net(0, 64, 5).requires_grad_(False), 6
     rollout = rolled(model, rows, control=Guided(value, scale, k))
-    for row, drawn, kl in zip(rows, texts(rollout), rollout.kl):
+    for row, drawn, kl, after in zip(rows, texts(rollout), rollout.kl, rollout.after):
         for t in range(len(drawn)):
             text = row + drawn[:t]
             h = model(torch.tensor([text]))[0, -1]
             p = model.unembed(h).softmax(-1)
             best = p.topk(k).indices.tolist()
-            q = p.clone()
+            q, gains = p.clone(), torch.zeros_like(p)
             for y in set(best) - {EOS}:
-                q[y] *= (scale * (value(model(torch.tensor([text + [y]]))[0, -1]) - value(h))).exp()
+                gains[y] = value(model(torch.tensor([text + [y]]))[0, -1]) - value(h)
+                q[y] *= (scale * gains[y]).exp()
             q /= q.sum()
+            assert after[t] == pytest.approx((value(h) + (q - p) @ gains).item(), abs=1e-4)
             assert kl[t] == pytest.approx((q * (q / p).log()).sum().item(), abs=1e-4)
         assert (kl.sum() > 1e-3) == (scale > 0)
 

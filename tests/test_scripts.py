@@ -78,6 +78,7 @@ def test_every_method_trains_and_steers(method, here, capsys):
     train_value.main([*TRAIN, "--method", method, "--reward", "sentiment"])
     sample.main([*SAMPLE])
     assert f"method {method}, reward sentiment" in capsys.readouterr().out
+    train_value.main([*TRAIN, "--method", method, "--dtype", "bfloat16"])      # states and psi in bfloat16 too
     state = dict(model_module.read_safetensors("out/value.safetensors"))
     raw = torch.equal(state["mean"], torch.zeros(64)) and torch.equal(state["std"], torch.ones(64))
     assert raw == (method == "paper")
@@ -320,6 +321,8 @@ REFUSED_BY_SAMPLE = {
     "no samples": (["--samples", "0"], "--samples"),
     "method unknown": (["--method", "best"], "--method"),
     "no candidates": (["--candidates", "0"], "--candidates"),
+    "target, guided": (["--method", "guided", "--target", "0.5"], "--target"),
+    "target, no draw": (["--temperature", "0", "--target", "0.5"], "--temperature 0"),
     "best of none": (["--best-of", "0"], "--best-of"),
     "judge unknown": (["--by", "taste"], "--by"),
     "prefix beyond the context": (["--prefix", "the plot" * 40], "context of 64"),
@@ -336,7 +339,7 @@ REFUSED_BY_TRAIN_VALUE = {
     "lam nan": (["--lam", "nan"], "--lam"),
     "rollouts 0": (["--rollouts", "0"], "--rollouts"),
     "no rounds": (["--rounds", "0"], "--rounds"),
-    "states beyond memory": (["--rollouts", "1000000", "--max-memory", "0.1"], "choose --rollouts"),
+    "states beyond memory": (["--rollouts", "1000000", "--max-memory", "0.1"], "fewer --rollouts"),
     "nats 0": (["--nats", "0"], "--nats"),
     "excitation nan": (["--excitation", "nan"], "--excitation"),
     "rate nan": (["--rate", "nan"], "--rate"),
@@ -379,11 +382,28 @@ def test_sample_refuses(case, mess, capsys):
 
 
 def test_the_batch_is_what_fits_in_memory():
-    """Half the memory beside the weights: half as many texts, or as few as a power of two asks."""
-    model = model_module.GPT.from_pretrained(TOY)
-    weights = sum(weight.nbytes for weight in model.parameters()) / 2 ** 30
-    fit = [sample.fit_batch(model, [[0]], 32, weights + room) for room in (1.0, 0.016, 0.008, 0.004)]
+    """Half the memory: half as many texts; and what a batch really takes stays within what it was given."""
+    model = model_module.GPT(model_module.Config(50257, 600, 64, 2, 8, 256)).eval().requires_grad_(False)
+    fit = [sample.fit_batch(model, [[0] * 500], 32, gib * 2 ** 30) for gib in (9.0, 1.0, 0.5, 0.25)]
     assert fit[0] == 256 and fit[1] > fit[2] > fit[3] and all(2 * b == a for a, b in zip(fit[1:], fit[2:]))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+def test_a_batch_stays_within_its_memory():
+    """The peak of drawing one, long prompts, states recorded, over what it was fitted to: in a process of its own."""
+    program = ("import sys; sys.path[:0] = sys.argv[1:]; import torch, bench, sample, control\n"
+               "from model import GPT, Config\n"
+               "model = GPT(Config(50257, 600, 64, 2, 8, 256)).eval().requires_grad_(False).pack(8)\n"
+               "prompts, spare = [[0] * 500], 2 ** 28\n"
+               "batch, cpu = sample.fit_batch(model, prompts, 32, spare), torch.device('cpu')\n"
+               "draw = lambda n: control.generate(model, prompts * n, torch.rand(n, 32), record=True, batch=n,\n"
+               "                                  control=control.Controller(sample.ValueNet(64, 8), max_kl=0.1))\n"
+               "draw(1); before = bench.memory(cpu, since_now=True); draw(batch)\n"
+               "print(batch, (bench.memory(cpu) - before) / spare)")
+    done = subprocess.run([sys.executable, "-c", program, str(ROOT), str(ROOT / "tests")], capture_output=True,
+                          text=True)
+    batch, share = done.stdout.split()
+    assert int(batch) >= 4 and 0.1 < float(share) < 1, (done.stdout, done.stderr)
 
 
 @pytest.mark.parametrize("case", {**REFUSED, **REFUSED_BY_TRAIN_VALUE})

@@ -7,6 +7,7 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,11 +16,11 @@ import compare
 import finetune
 import sample
 import tune
-from control import Controller, best_of_kl, step_for_kl
+from control import Controller, Rollout, best_of_kl, step_for_kl
 from exact import Exact, Tilted
 from model import GPT
 from sample import roll_out
-from train_value import METHODS, train
+from train_value import METHODS, fit_static, train
 from value import load_tokenizer, sentiment
 
 TOY = Path(__file__).parent / "toy"
@@ -142,6 +143,25 @@ def test_kl_of_the_best_of_n():
     assert best_of_kl(torch.arange(100.0), 8) == pytest.approx(math.log(8) - 7 / 8)
     fine = torch.arange(40_000).div(4, rounding_mode="floor").float()          # four of each: ties, but fine
     assert best_of_kl(fine, 8) == pytest.approx(math.log(8) - 7 / 8, abs=1e-3)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_static_direction_is_least_squares(first):
+    """Against numpy's, of rewards and states less their means, of all states or of each text's first."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, rewards = torch.randn(40, 3, 6, generator=generator) * 2 + 1, torch.randn(40, generator=generator)
+    hidden[:, 0] += 3                                          # the first states are elsewhere
+    mask, zeros = torch.ones(40, 3, dtype=torch.bool), torch.zeros(40, 3)
+    mask[::2, 2] = False
+    rollout = Rollout(zeros.long(), mask, zeros, zeros, zeros, zeros, zeros, hidden, hidden, zeros)
+    value = fit_static(rollout, rewards, 1e-6, first)
+    states, outcome = hidden[mask], rewards[:, None].expand_as(mask)[mask]
+    mean, std = states.mean(0), states.std(0)
+    if first:
+        states, outcome = hidden[:, 0], rewards
+    x = ((states - mean) / std).numpy()
+    w, *_ = np.linalg.lstsq(x - x.mean(0), (outcome - rewards.mean()).numpy(), rcond=None)
+    assert np.allclose(value.gradient(torch.zeros(1, 6))[0].detach(), w, rtol=1e-3, atol=1e-4)
 
 
 def test_settings_are_tuned_and_every_method_is_compared(tmp_path, capsys):
