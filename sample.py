@@ -215,11 +215,16 @@ def show(rows):
 
 # -------------------------------------------------------------------------------------- the script
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds to each option's help its default, where it has one."""
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are InputErrors: one line, without the usage."""
     def __init__(self, doc, seed):
-        super().__init__(description=doc.strip().split("\n")[0],
-                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(description=doc.strip().split("\n")[0], formatter_class=Help)
         add = self.add_argument
         add("--model", default="tests/toy", metavar="NAME",
             help="a GPT-2: gpt2, gpt2-medium, .., org/name of the hub, or a directory")
