@@ -240,7 +240,7 @@ class Sampler:
         t.add_(1)
 
     def measure(self, h, token, logits, kept, delta, moved):
-        """Write log p(y_t), KL = E_q[delta] - log E_p[exp(delta)] and the values; probs, so far q, becomes p."""
+        """Write log p(y_t), KL = E_q[delta] - log E_p[exp(delta)] and the values; probs, first q, becomes p."""
         steered = self.control is not None
         if steered:
             value, worth = self.control.value(h), self.worth(h, delta)

@@ -305,7 +305,7 @@ def memory_of(device):
 
 
 def fit_batch(model, prompts, n_tokens, spare):
-    """How many texts drawn side by side, a power of two, fit into `spare` bytes; above 256 (1024) it gains little."""
+    """How many texts side by side, a power of two, fit into `spare` bytes; above 256 (1024) it gains little."""
     config, W, longest = model.config, model.wte.weight, max(map(len, prompts))
     cached = 2 * config.n_layer * (longest + n_tokens) + 4 * n_tokens              # recorded states and psi too
     reading = longest * (3 * 4 * config.n_head * longest + 4 * config.n_inner * W.itemsize)
@@ -366,7 +366,8 @@ def parse_args(argv):
     add("--radius", type=number(float, 0, math.inf), help="of the ball around the state; 1: the typical "
                                                           "distance from the mean (default: saved with V)")
     add("--max-kl", type=number(float, 0, math.inf), default=math.inf, help="of the control, nats a token")
-    add("--target", type=number(float, -1e9, math.inf), default=math.inf, help="of V: no more control than reaches it")
+    add("--target", type=number(float, -1e9, math.inf), default=math.inf,
+        help="of V: no more control than reaches it")
     add("--sign", type=int, choices=(1, -1), default=1, help="-1 steers towards low V")
     args = parser.parse_args(argv)
     if 0 < args.temperature < 1e-3:

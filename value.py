@@ -32,7 +32,7 @@ reads one state, which hardly holds what the text has said so far; while learnin
 so the forecast is made from V(h_t) and the reward of the text up to there (`advantages`).
 
 Deviations from the paper: TD(lambda) instead of one step; A beside V, fitted to the draws, where these are
-white (`whitening`); standardised states. `train_value.py --method paper` switches all off, and the ball of control.py.
+white (`whitening`); standardised states. `train_value.py --method paper` switches all off, and the ball.
 But: V reads one state, not the text; what the state does not hold, V cannot know.
 """
 import hashlib
