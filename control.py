@@ -240,7 +240,7 @@ class Sampler:
         t.add_(1)
 
     def measure(self, h, token, logits, kept, delta, moved):
-        """Write log p(y_t), KL = E_q[delta] - log E_p[exp(delta)] and the values; probs, first q, becomes p."""
+        """Write log p(y_t), KL = E_q[delta] - log E_p[exp(delta)], the values; probs, first q, becomes p."""
         steered = self.control is not None
         if steered:
             value, worth = self.control.value(h), self.worth(h, delta)
@@ -255,7 +255,7 @@ class Sampler:
             self.write(self.t, kl=kl + log_z, before=value, after=after)
 
     def worth(self, h, delta):
-        """h (B, n_embd) -> what drawing each token is worth, dA/dx . std W[y], up to a constant (B, n_vocab)"""
+        """h (B, n_embd) -> the worth of drawing each token, dA/dx . std W[y] + constant (B, n_vocab)"""
         if isinstance(self.control, Guided):
             return delta / (self.control.step_size or 1.0)
         value, climbed = self.control.value, self.control.value.climbed

@@ -155,8 +155,9 @@ class GPT(nn.Module):
         hidden = hidden.to(W.dtype)
         if self.packed:
             out = torch.empty(*hidden.shape[:-1], len(W)) if out is None else out
-            for part, logits in zip(W.split(4096), out.split(4096, -1)):   # oneDNN lays out a part at a time
-                logits.copy_(onednn_linear(hidden, part))                  # anew: all of W would be much memory
+            # In parts, as oneDNN lays out anew what it multiplies by: all of W would be much memory.
+            for part, logits in zip(W.split(4096), out.split(4096, -1)):
+                logits.copy_(onednn_linear(hidden, part))
             return out
         if out is not None and W.dtype == torch.float32:
             return torch.mm(hidden, W.T, out=out)
@@ -165,9 +166,9 @@ class GPT(nn.Module):
 
     def pack(self, rows):
         """
-        -> self, frozen for good: on a CPU the weights of all layers are laid out anew, in the blocks oneDNN reads
-        in a product with so many rows. Otherwise it does so at every product, which at few rows takes as long
-        as the product. The embedding stays as it is, being looked up as well.
+        -> self, frozen for good: on a CPU the weights of all layers are laid out anew, in the blocks oneDNN
+        reads in a product with so many rows. Otherwise it does so at every product, which at few rows takes
+        as long as the product. The embedding stays as it is, being looked up as well.
         """
         W = self.wte.weight
         if W.device.type == "cpu" and torch.backends.mkldnn.is_available() and not self.packed \
@@ -424,6 +425,7 @@ class Redirect(urllib.request.HTTPRedirectHandler):
     told = {}
 
     def redirect_request(self, request, answer, code, message, headers, url):
+        """urllib's hook: the request to follow a redirect to `url` with."""
         self.told = self.told | {key.lower(): text for key, text in headers.items()}
         after = super().redirect_request(request, answer, code, message, headers, url)
         if urlsplit(url)[:2] != urlsplit(request.full_url)[:2]:

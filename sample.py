@@ -237,10 +237,10 @@ class Parser(argparse.ArgumentParser):
         add("--seed", type=number(int, 0, 2 ** 62), default=seed, help="of the draws: same seed, same texts")
         add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1, cpu")
         add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model's weights")
-        add("--batch", type=count, help="texts drawn side by side (default: as many as fit, up to 256 on a CPU and "
-                                        "1024 on a GPU)")
-        add("--max-memory", type=number(float, 1e-6, 1e6), metavar="GIB", help="what model, texts and states may "
-            "take (default: four fifths of the device's)")
+        add("--batch", type=count, help="texts drawn side by side (default: as many as fit, up to 256 on a CPU "
+                                        "and 1024 on a GPU)")
+        add("--max-memory", type=number(float, 1e-6, 1e6), metavar="GIB",
+            help="what model, texts and states may take (default: four fifths of the device's)")
 
     def error(self, message):
         raise InputError(f"{message}; see --help")
@@ -260,7 +260,10 @@ count = number(int, 1, 2 ** 31)
 
 
 def load(args):
-    """-> model, encoder, prompt texts, encoded prompts; says on which device."""
+    """
+    -> model, encoder, prompt texts, encoded prompts; says on which device. Sets in args what was left open:
+    batch, max_memory, and `spare`, the bytes of it beside the weights.
+    """
     try:
         device = torch.device(args.device)
         if device.type not in ("cpu", "cuda"):
@@ -305,14 +308,15 @@ def memory_of(device):
 
 
 def fit_batch(model, prompts, n_tokens, spare):
-    """How many texts side by side, a power of two, fit into `spare` bytes; above 256 (1024) it gains little."""
+    """How many texts side by side, a power of two, fit into `spare` bytes; beyond the bound it gains little."""
     config, W, longest = model.config, model.wte.weight, max(map(len, prompts))
-    cached = 2 * config.n_layer * (longest + n_tokens) + 4 * n_tokens              # recorded states and psi too
+    cached = 2 * config.n_layer * (longest + n_tokens) + 4 * n_tokens      # recorded states and psi too
     reading = longest * (3 * 4 * config.n_head * longest + 4 * config.n_inner * W.itemsize)
     text = cached * config.n_embd * W.itemsize + reading + 12 * 4 * config.n_vocab  # rows of float32 logits
     if spare < text:
         raise InputError(f"{text / 2 ** 30:.4f} GiB for a text beside the weights, and --max-memory leaves "
-                         f"{max(spare, 0) / 2 ** 30:.4f}; allow more, or take shorter prompts or a smaller --model")
+                         f"{max(spare, 0) / 2 ** 30:.4f}; allow more, or take shorter prompts or a smaller "
+                         f"--model")
     return min(1024 if W.is_cuda else 256, 2 ** int(math.log2(spare // text)))
 
 
@@ -373,7 +377,7 @@ def parse_args(argv):
     if 0 < args.temperature < 1e-3:
         raise InputError(f"--temperature {args.temperature:g}: choose 0 (most probable token) or 0.001 up")
     if args.target < math.inf and args.temperature == 0:
-        raise InputError("--target: of the draw on average, and at --temperature 0 none is drawn; leave it out")
+        raise InputError("--target: of the draw on average, and --temperature 0 draws none; leave it out")
     if args.method == "guided" and min(args.target, args.max_kl) < math.inf:
         raise InputError("--target and --max-kl: of --method control only; leave them out")
     return args

@@ -232,9 +232,9 @@ def check_fits(args, model):
     W, most = model.wte.weight, max(args.rollouts * min(args.rounds, 3), args.held_out)
     text = args.tokens * W.size(1) * 2 * (W.itemsize + 4)      # states and psi, and once more while training
     if most * text > args.spare / 2:                           # the other half is the sampler's
-        raise InputError(f"the states of {most} rollouts take {most * text / 2 ** 30:.3f} GiB, and --max-memory "
-                         f"{args.max_memory:.3f} leaves {args.spare / 2 ** 31:.3f} for them; choose fewer "
-                         f"--rollouts or --tokens")
+        raise InputError(f"the states of {most} rollouts take {most * text / 2 ** 30:.3f} GiB, and "
+                         f"--max-memory {args.max_memory:.3f} leaves {args.spare / 2 ** 31:.3f} for them; "
+                         f"choose fewer --rollouts or --tokens")
 
 
 def peak_memory(device):
@@ -302,8 +302,8 @@ def iterate(args, model, rolled, settings):
         torch.manual_seed(args.seed)
         control = excitation(rolled(256, args.seed, "pilot", record=True)[0], args.excitation)
     for i in range(args.rounds):
-        rollout, rewards, _ = rolled(args.rollouts, args.seed + 10_000 * i, "rollouts", record=True, earned=True,
-                                     control=control)
+        rollout, rewards, _ = rolled(args.rollouts, args.seed + 10_000 * i, "rollouts", control=control,
+                                     record=True, earned=True)
         cost = f", KL {sample.figures(rollout, rewards)['kl_text']:.3f} nats a text" * (control is not None)
         print(f"{args.rollouts} rollouts of {args.tokens} tokens: mean reward {rewards.mean():.3f}, "
               f"standard deviation {rewards.std():.3f}{cost}")
@@ -311,7 +311,8 @@ def iterate(args, model, rolled, settings):
             raise InputError(f"every text has the reward {rewards[0]:g}: nothing to learn; choose another "
                              f"--reward")
         first = rollout if first is None else first
-        control = improve(model, control, rollout, rewards, first, args.nats, settings, seed=args.seed, log=log)
+        control = improve(model, control, rollout, rewards, first, args.nats, settings, seed=args.seed,
+                          log=log)
     return control
 
 
@@ -334,8 +335,8 @@ def main(argv=None):
                temperature=1.0, seed=args.seed, excitation=args.excitation, nats=args.nats,
                step_size=control.step_size, radius=control.radius)
     print(f"\n{args.out}: {sum(p.numel() for p in value.parameters()):,} parameters trained; drawing "
-          f"{spent['drawing']:.0f} s, scoring {spent['scoring']:.0f} s, training {training:.0f} s, peak memory "
-          f"{peak_memory(model.wte.weight.device):.0f} MiB; a step of {control.step_size:.2f} costs about "
+          f"{spent['drawing']:.0f} s, scoring {spent['scoring']:.0f} s, training {training:.0f} s, peak "
+          f"memory {peak_memory(model.wte.weight.device):.0f} MiB; a step of {control.step_size:.2f} costs about "
           f"{args.nats:g} nats a text")
     few = min(max(len(prompts), 2), 4)
     pairs = {label: rolled(few, args.seed + 2, label, control=how)

@@ -28,7 +28,7 @@ import compare                                                                  
 import sample                                                                         # noqa: E402
 import train_value                                                                    # noqa: E402
 from control import Controller, step_for_kl                                           # noqa: E402
-from value import ValueNet, bellman_targets, whitening                                           # noqa: E402
+from value import ValueNet, bellman_targets, whitening                                # noqa: E402
 
 TRAINED = [*[(f"lam {lam:g}", {"lam": lam}) for lam in (0.0, 0.5, 0.95, 1.0)],
            ("one direction", {"draws": "line"}), ("raw states", {"standardised": False}),
@@ -75,13 +75,10 @@ def real_draws(psi, embedding):
 def main(argv=None):
     args = compare.parse_args(argv)
     nats, size = float(args.kl.split(",")[0]), max(args.sizes)
-    model, encoder, asked, prompts = sample.load(args)
-    tests = prompts
-    if args.test:
-        asked, tests = sample.encode_prompts(model, encoder, sample.read_prompts(args.test), args.tokens)
-    table = compare.Table(args, model, encoder, tests, asked)
+    model, encoder, prompts, tests = compare.set_up(args)
+    table = compare.Table(args, model, encoder, *tests)
     texts = rollout, rewards = compare.learn_from(args, table, model, encoder, prompts)
-    seen, outcome, _ = table.roll_out(tests, args.samples * len(tests), args.test_seed, record=True)
+    seen, outcome, _ = table.roll_out(tests[0], args.samples * len(tests[0]), args.test_seed, record=True)
 
     def fit(value):
         if table.exact:

@@ -27,7 +27,6 @@ paired differences. At their own KL, if asked for: value-guided decoding (--cand
 import json
 import math
 import os
-import pickle
 import re
 import sys
 import time
@@ -43,8 +42,8 @@ import sample                                                                   
 from control import Controller, Guided, Rollout, dial_for, step_for_kl, teacher_force           # noqa: E402
 from exact import Exact, Tilted                                                       # noqa: E402
 from model import GPT, read_header, read_json                                         # noqa: E402
-from train_value import METHODS, RADIUS, ball, improve, peak_memory, train                          # noqa: E402
-from value import fingerprint, load_reward                                                         # noqa: E402
+from train_value import METHODS, RADIUS, ball, improve, peak_memory, train            # noqa: E402
+from value import fingerprint, load_reward                                            # noqa: E402
 
 
 def parse_args(argv):
@@ -76,6 +75,15 @@ def parse_args(argv):
     return args
 
 
+def set_up(args):
+    """-> model, encoder, the prompts of the rollouts, (prompts, their texts) to report on"""
+    model, encoder, asked, prompts = sample.load(args)
+    tests = prompts
+    if args.test:
+        asked, tests = sample.encode_prompts(model, encoder, sample.read_prompts(args.test), args.tokens)
+    return model, encoder, prompts, (tests, asked)
+
+
 def learn_from(args, table, model, encoder, prompts):
     """The most rollouts asked for -> (Rollout, rewards): drawn, or those of --keep, scored by --reward."""
     size, asked = max(args.sizes), {"model": fingerprint(model), "prompts": prompts, "seed": args.seed,
@@ -91,7 +99,7 @@ def learn_from(args, table, model, encoder, prompts):
         return rollout, rewards
     try:
         kept, columns = torch.load(args.keep, args.device, mmap=True, weights_only=True)
-    except (OSError, RuntimeError, ValueError, TypeError, EOFError, pickle.UnpicklingError):
+    except Exception:               # of a foreign file torch.load may raise anything
         kept, columns = None, None
     if kept != asked or len(columns["mask"]) < size:
         raise sample.InputError(f"{args.keep}: other rollouts than those asked for; choose another --keep")
@@ -178,12 +186,9 @@ def main(argv=None):
     if args.json:
         sample.check_writable(args.json)
     settings = {**METHODS, **(read_json(args.settings) if args.settings else {})}
-    model, encoder, asked, prompts = sample.load(args)
+    model, encoder, prompts, tests = set_up(args)
     tuned = GPT.from_pretrained(args.tuned, args.device).pack(args.batch) if args.tuned else None
-    tests = prompts
-    if args.test:
-        asked, tests = sample.encode_prompts(model, encoder, sample.read_prompts(args.test), args.tokens)
-    table, started = Table(args, model, encoder, tests, asked), time.perf_counter()
+    table, started = Table(args, model, encoder, *tests), time.perf_counter()
     everything, all_rewards = learn_from(args, table, model, encoder, prompts)
     costs, fits, guide = {"rollouts": (time.perf_counter() - started, 0)}, [], None
     for size in args.sizes:
@@ -213,7 +218,7 @@ def main(argv=None):
     table.show_texts(f"{methods[0]} {float(budgets[len(budgets) // 2]):g}{note}")
     if args.json:
         sample.write_json(args.json, {**vars(args), "preparation": costs},
-                          [asked[i % len(asked)] for i in range(args.samples * len(asked))],
+                          [table.asked[i % len(table.asked)] for i in range(args.samples * len(table.asked))],
                           table.results, table.figures)
 
 

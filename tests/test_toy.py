@@ -218,6 +218,9 @@ def test_rollouts_are_kept_for_further_runs_and_fewer_of_them(tmp_path, capsys):
     for other in (["--rollouts", "121"], ["--rollouts", "60", "--seed", "1"]):
         with pytest.raises(sample.InputError, match="other rollouts"):
             compare.main([*few, *other, *keep])
+    (tmp_path / "foreign.safetensors").write_text("no rollouts")
+    with pytest.raises(sample.InputError, match="other rollouts"):
+        compare.main([*few, "--rollouts", "60", "--keep", str(tmp_path / "foreign.safetensors")])
 
 
 def test_the_optimum_from_samples_is_the_exact_one(toy):
