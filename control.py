@@ -17,9 +17,8 @@ Kong et al. 2024, "Aligning Large Language Models with Representation Editing: A
 
 Deviations from the paper, on purpose:
     1. The gradient is closed form (V has one hidden layer), without autograd.
-    2. The ascent runs on the pre-activations: u never leaves the span of V's input weights, so once
-       G = W1 W1^T is known a step costs one product of the hidden layer's width; and so does W u, once
-       W times those weights is known.
+    2. The ascent runs in the span of V's input weights, which u never leaves: a step costs two products of
+       the hidden layer's width, whatever that of the state; and so does W u, once W times a basis is known.
     3. A ball around the state; the paper relies on few steps and a small step size.
     4. A budget in nats a token on the distribution itself, the quantity a text feels; likewise a target
        that V of the draw need not exceed.
@@ -39,7 +38,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from model import Cache, InputError
+from model import Cache, InputError, give_back
 from value import ValueNet
 
 
@@ -48,30 +47,30 @@ def ascend(value, hidden, steps, step_size, radius):
     hidden (B, n_embd) -> u (B, n_embd), float32: `steps` steps of projected gradient ascent.
 
     Plain gradient steps: where A is flatter than elsewhere, u is smaller and less KL is spent. A negative
-    step_size descends. With A's own z = W1 x + b1, G = W1 W1^T and u = std * (W1^T c), c (B, width):
-
-        a = w2 * phi'(z + dz)      dA/dx = W1^T a
-        c += step_size * a         dz = G c,   ||u / std||^2 = c . dz
+    step_size descends. u stays in the span of A's input weights: u = std * Q e, Q from `span`.
     """
-    w1 = value.climbed.w1
-    c = climb(value, hidden, w1 @ w1.T, steps, step_size, radius)
-    return c @ (value.std * w1)                                # (B, width) -> (B, n_embd)
+    Q, R = span(value)
+    return climb(value, hidden, R, steps, step_size, radius) @ (value.std * Q.T)  # (B, k) -> (B, n_embd)
 
 
-def climb(value, hidden, G, steps, step_size, radius):
-    """The loop of `ascend`, with G (width, width) known -> c (B, width)."""
+def span(value):
+    """-> Q (n_embd, k), R (k, width), k <= width, with W1^T = Q R, of A: Q^T Q = 1, a basis of all it reads."""
+    return torch.linalg.qr(value.climbed.w1.T)
+
+
+def climb(value, hidden, R, steps, step_size, radius):
+    """
+    The ascent in that basis -> e (B, k). With A's own z = W1 x + b1,
+
+        z(x + Q e) = z + R^T e      dA/de = R a,  a = w2 * phi'(z)      ||Q e|| = ||e||
+    """
     climbed = value.climbed
-    z = climbed.preactivation(hidden)                          # (B, n_embd) -> (B, width)
-    ball = radius * math.sqrt(hidden.size(-1))
-    c, dz = torch.zeros_like(z), torch.zeros_like(z)
+    z, up = climbed.preactivation(hidden), step_size * R.T     # (B, n_embd) -> (B, width)
+    e = z.new_zeros(len(z), len(R))
     for _ in range(steps):
-        a = climbed.slope(z + dz)
-        c = c + step_size * a
-        dz = dz + step_size * (a @ G)
-        norm = (c * dz).sum(-1, keepdim=True).clamp(min=0).sqrt()
-        shrink = (ball / norm.clamp(min=1e-30)).clamp(max=1)   # 1 inside the ball
-        c, dz = c * shrink, dz * shrink
-    return c
+        a = climbed.slope(z + e @ R)                           # (B, width)
+        e = torch.renorm(e + a @ up, 2, 0, radius * math.sqrt(hidden.size(-1)))   # rows beyond it, onto the ball
+    return e
 
 
 def kl_divergence(log_p, log_q):
@@ -145,9 +144,9 @@ class Controller:
     target: float = math.inf      # of V: no more control than reaches it, see target_ball
     excitation: float = 0.0       # size of a random control on top, in x, up to so much a coordinate
 
-    def climb(self, hidden, G):
-        """hidden (B, n_embd) -> c (B, width), see `ascend`, with G = W1 W1^T known."""
-        return climb(self.value, hidden, G, self.steps, self.step_size, self.radius)
+    def climb(self, hidden, R):
+        """hidden (B, n_embd) -> e (B, k), see `climb`."""
+        return climb(self.value, hidden, R, self.steps, self.step_size, self.radius)
 
     def __call__(self, hidden):
         u = ascend(self.value, hidden, self.steps, self.step_size, self.radius)
@@ -196,15 +195,15 @@ class Sampler:
         self.model, self.decoding, self.control = model, decoding, control
         self.record, self.report, self.pushes = record, report, None
         if isinstance(control, Controller) and not control.excitation:
-            w1 = control.value.climbed.w1
-            if len(w1) < n_embd:                               # u = c @ directions, so W u = c @ pushes:
-                self.G, self.directions = w1 @ w1.T, control.value.std * w1       # a product of V's width,
-                self.pushes = model.unembed(self.directions)   # not of n_embd, with (width, n_vocab)
+            Q, self.R = span(control.value)
+            if len(self.R) < n_embd:                           # u = e @ directions, so W u = e @ pushes:
+                self.directions = control.value.std * Q.T      # a product of V's width, not of n_embd,
+                self.pushes = model.unembed(self.directions)   # with (k, n_vocab)
         self.cache = Cache(model, batch, size)
         # Made once: on a CPU the page faults of a fresh (B, n_vocab) cost more than the passes over it. What
         # is not reported may be written over.
         buffers = torch.empty(4 if report else 2, batch, model.config.n_vocab, device=device)
-        self.logits, self.delta, self.moved, self.probs = [*buffers, *buffers][:4]
+        self.delta, self.logits, self.moved, self.probs = [*buffers, *buffers[1:], *buffers[1:]][:4]
         self.hidden = torch.zeros(batch, n_embd, dtype=model.wte.weight.dtype, device=device)
         self.alive = torch.ones(batch, dtype=torch.bool, device=device)
         self.t = torch.zeros(1, dtype=torch.long, device=device)
@@ -261,7 +260,7 @@ class Sampler:
         value, climbed = self.control.value, self.control.value.climbed
         if self.pushes is None:
             return self.model.unembed(value.std * climbed.gradient(h))
-        return climbed.slope(climbed.preactivation(h)) @ self.pushes
+        return climbed.slope(climbed.preactivation(h)) @ self.R.T @ self.pushes
 
     def steer(self, h, kept):
         """h (B, n_embd), kept logits (B, n_vocab) -> u (B, n_embd), what it adds to the logits; or None."""
@@ -273,8 +272,8 @@ class Sampler:
             u = self.control(h)
             delta = self.model.unembed(u, self.delta)                    # a product of its own: h + u would
         else:                                                            # round u away
-            c = self.control.climb(h, self.G)                            # (B, width)
-            u, delta = c @ self.directions, torch.mm(c, self.pushes, out=self.delta)
+            e = self.control.climb(h, self.R)                            # (B, k)
+            u, delta = e @ self.directions, torch.mm(e, self.pushes, out=self.delta)
         if self.decoding.temperature not in (0, 1):
             delta /= self.decoding.temperature
         if self.control.target < math.inf:
@@ -309,6 +308,7 @@ class Sampler:
         lengths = lengths.to(device)
         hidden = self.model(padded.to(device), self.cache, lengths)               # (B, T, n_embd)
         self.hidden.copy_(hidden[torch.arange(len(prompts), device=device), lengths - 1])
+        give_back()                                            # reading them took more than a step does
 
     def advance(self):
         """One step: on a GPU the replay of the graph that attends to the fewest slots that are enough."""

@@ -56,19 +56,29 @@ class Config:
 
 
 class Linear(nn.Linear):
-    """y = W x + b; once packed, with W in the blocks that oneDNN multiplies by (GPT.pack)."""
+    """y = W x + b, and its GELU; once packed, with W in the blocks that oneDNN multiplies by (GPT.pack)."""
     blocks = None
 
-    def pack(self, rows):
-        self.blocks, self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, rows), None
+    def pack(self):
+        # For products with 16 rows: any number but 1 gives the same blocks, which are good for 1 too.
+        self.blocks, self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, 16), None
 
-    def forward(self, x):
-        return super().forward(x) if self.blocks is None else onednn_linear(x, self.blocks, self.bias)
+    def forward(self, x, gelu=False):
+        if self.blocks is not None:
+            return onednn_linear(x, self.blocks, self.bias, "gelu" if gelu else "none")
+        y = super().forward(x)
+        return F.gelu(y, approximate="tanh") if gelu else y
 
 
-def onednn_linear(x, weight, bias=None):
+def onednn_linear(x, weight, bias=None, then="none"):
     """W x + b without gradients, by oneDNN, W packed or not; F.linear leaves float32 to a slower library."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, then, [], "tanh")
+
+
+def give_back():
+    """Hand freed memory back to the system, as glibc does only when asked."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class Attention(nn.Module):
@@ -80,16 +90,16 @@ class Attention(nn.Module):
 
     def forward(self, x, layer, cache, positions, future):
         """x (B, T, n_embd) -> (B, T, n_embd), each row attending to itself and what came before."""
-        B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                   # each (B, n_head, T, d)
+        (B, T, C), d = x.shape, x.size(2) // self.n_head
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, d)
         if cache is None:
+            q, k, v = qkv.permute(2, 0, 3, 1, 4)               # each (B, n_head, T, d)
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:
-            k, v = cache.store(layer, k, v, positions)         # each (B, n_head, reach, d)
-            scores = q / math.sqrt(q.size(-1)) @ k.mT          # (B, n_head, T, reach)
-            weights = scores.masked_fill(future, -torch.inf).softmax(-1, dtype=torch.float32)
-            y = weights.to(v.dtype) @ v                        # (B, n_head, T, d)
+            q = qkv[:, :, 0].transpose(1, 2)                   # (B, n_head, T, d)
+            k, v = cache.store(layer, qkv[:, :, 1:], positions)            # each (B, n_head, reach, d)
+            scores = torch.add(future, q @ k.mT, alpha=d ** -0.5)          # (B, n_head, T, reach)
+            y = scores.softmax(-1) @ v                         # (B, n_head, T, d)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
 
@@ -100,7 +110,7 @@ class MLP(nn.Module):
         self.c_proj = Linear(config.n_inner, config.n_embd)
 
     def forward(self, x):
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return self.c_proj(self.c_fc(x, gelu=True))
 
 
 class Block(nn.Module):
@@ -139,6 +149,7 @@ class GPT(nn.Module):
             cache.make_room()
             slots = torch.arange(cache.reach, device=tokens.device)
             future = (slots > positions[:, :, None])[:, None]                     # (B, 1, T, reach)
+            future = self.wte.weight.new_zeros(()).masked_fill(future, -torch.inf)
         x = self.wte(tokens) + self.wpe(positions)                                # (B, T, n_embd)
         for layer, block in enumerate(self.h):
             x = block(x, layer, cache, positions, future)
@@ -164,21 +175,20 @@ class GPT(nn.Module):
         logits = F.linear(hidden, W)
         return logits.float() if out is None else out.copy_(logits)
 
-    def pack(self, rows):
+    def pack(self):
         """
-        -> self, frozen for good: on a CPU the weights of all layers are laid out anew, in the blocks oneDNN
-        reads in a product with so many rows. Otherwise it does so at every product, which at few rows takes
-        as long as the product. The embedding stays as it is, being looked up as well.
+        -> self, frozen for good: on a CPU the weights of all layers are laid out anew, in the blocks that
+        oneDNN reads. Otherwise it does so at every product, which at few rows takes as long as the product.
+        The embedding stays as it is, being looked up as well.
         """
         W = self.wte.weight
         if W.device.type == "cpu" and torch.backends.mkldnn.is_available() and not self.packed \
                 and (W.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
             for module in self.modules():
                 if isinstance(module, Linear):
-                    module.pack(rows)
+                    module.pack()
+                    give_back()                                # the old layout
             self.packed = True
-            with contextlib.suppress(AttributeError, OSError):  # glibc: give the pages of the old layout back
-                ctypes.CDLL(None).malloc_trim(0)
         return self
 
     @classmethod
@@ -203,9 +213,7 @@ class Cache:
     def __init__(self, model, batch, size):
         config, weight = model.config, model.wte.weight
         self.shape = batch, config.n_head, config.n_embd // config.n_head
-        self.keys = torch.zeros(config.n_layer, batch * size * config.n_embd, dtype=weight.dtype,
-                                device=weight.device)
-        self.values = torch.zeros_like(self.keys)
+        self.pairs = weight.new_zeros(config.n_layer, 2, batch * size * config.n_embd)    # keys, values
         self.lengths = torch.zeros(batch, dtype=torch.long, device=weight.device)
         self.rows = torch.arange(batch, device=weight.device)[:, None]            # (B, 1)
         self.size = size
@@ -219,27 +227,25 @@ class Cache:
     def clear(self):
         """Forget all tokens."""
         self.lengths.zero_()
-        self.span, self.room = 0, self.size if self.keys.is_cuda else 0
+        self.span, self.room = 0, self.size if self.pairs.is_cuda else 0
 
     def slots(self, flat, room):
-        """A layer's keys or values (batch * size * n_embd,) -> (B, n_head, room, d)"""
+        """Keys or values, or both (.., batch * size * n_embd) -> (.., B, n_head, room, d)"""
         batch, heads, d = self.shape
-        return flat[:batch * heads * room * d].view(batch, heads, room, d)
+        return flat[..., :batch * heads * room * d].unflatten(-1, (batch, heads, room, d))
 
     def make_room(self):
         """Move the slots of all rows apart, for `reach` of them a row."""
         if self.reach > self.room:
-            for flat in (*self.keys, *self.values):
-                had = self.slots(flat, self.room).clone()
-                self.slots(flat, self.reach)[:, :, :self.room] = had
+            for flat in self.pairs.flatten(0, 1):
+                self.slots(flat, self.reach)[:, :, :self.room] = self.slots(flat, self.room).clone()
             self.room = self.reach
 
-    def store(self, layer, k, v, positions):
-        """Write k, v (B, n_head, T, d) at positions (B, T); return all live ones (.., reach, d)."""
-        keys, values = self.slots(self.keys[layer], self.room), self.slots(self.values[layer], self.room)
-        keys[self.rows, :, positions] = k.transpose(1, 2)
-        values[self.rows, :, positions] = v.transpose(1, 2)
-        return keys[:, :, :self.reach], values[:, :, :self.reach]
+    def store(self, layer, pairs, positions):
+        """Write pairs (B, T, 2, n_head, d) at positions (B, T); return all live ones (2, B, n_head, reach, d)."""
+        slots = self.slots(self.pairs[layer], self.room)
+        slots[:, self.rows, :, positions] = pairs
+        return slots[:, :, :, :self.reach]
 
 
 # ------------------------------------------------------------------------- configuration, weights

@@ -295,7 +295,7 @@ def load(args):
     print(f"{args.model}: {parameters:,} parameters, frozen, {args.dtype} on {device}; {len(texts)} prompts")
     args.spare = args.max_memory * 2 ** 30 - sum(weight.nbytes for weight in model.parameters())       # bytes
     args.batch = args.batch or fit_batch(model, prompts, args.tokens, args.spare / 2)
-    return model.pack(args.batch), encoder, texts, prompts
+    return model.pack(), encoder, texts, prompts
 
 
 def memory_of(device):

@@ -341,7 +341,7 @@ class RewardModel:
             raise InputError(f"{name}: score.weight is {tuple(self.score.shape)}, not that of one label or two")
         if self.encoder.n_vocab > self.gpt.config.n_vocab or not self.score.isfinite().all():
             raise InputError(f"{name}: fewer states than tokens, or scores that are no numbers; fetch it again")
-        self.gpt.pack(2048)                                    # tokens in a batch, about
+        self.gpt.pack()
 
     def __call__(self, texts):
         """texts -> scores. All of a text is text: "<|endoftext|>" in it is no token."""

@@ -177,7 +177,7 @@ def main(argv=None):
         parser.error(f"--model takes {', '.join(SHAPES)}")
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     speed = bandwidth(device)
-    peak(random_model("tiny", device, dtype).pack(1), ValueNet(64, 8).to(device), 1, 2, 0)     # loads libraries
+    peak(random_model("tiny", device, dtype).pack(), ValueNet(64, 8).to(device), 1, 2, 0)     # loads libraries
     bare = memory(device, since_now=True)
 
     def fresh():
@@ -189,10 +189,10 @@ def main(argv=None):
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(f"{args.model}, {args.dtype}, {where}, {torch.get_num_threads()} threads, {speed / 1e9:.0f} GB/s, "
           f"{args.tokens} tokens, width {args.width}, torch {torch.__version__}")
-    peaks = {n: peak(fresh().pack(n), value, n, args.tokens, bare) for n in map(int, args.batches.split(","))}
+    peaks = {n: peak(fresh().pack(), value, n, args.tokens, bare) for n in map(int, args.batches.split(","))}
     theirs = transformers_model(fresh())                       # its memory is not ours
+    model = fresh().pack()
     for batch, share in peaks.items():
-        model = fresh().pack(batch)
         seconds = measure(make_rows(model, theirs, value, batch, args.tokens), args.rounds, device)
         print(f"\nbatch {batch:3d}, peak {share:.2f}{'ms':>14}{'tok/s':>9}{'cost':>7}{'hf':>7}{'floor':>7}")
         floor = needed(model, batch, PROMPT + args.tokens // 2) / speed

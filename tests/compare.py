@@ -187,7 +187,7 @@ def main(argv=None):
         sample.check_writable(args.json)
     settings = {**METHODS, **(read_json(args.settings) if args.settings else {})}
     model, encoder, prompts, tests = set_up(args)
-    tuned = GPT.from_pretrained(args.tuned, args.device).pack(args.batch) if args.tuned else None
+    tuned = GPT.from_pretrained(args.tuned, args.device).pack() if args.tuned else None
     table, started = Table(args, model, encoder, *tests), time.perf_counter()
     everything, all_rewards = learn_from(args, table, model, encoder, prompts)
     costs, fits, guide = {"rollouts": (time.perf_counter() - started, 0)}, [], None

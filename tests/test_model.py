@@ -139,10 +139,10 @@ def test_slots_move_apart_as_texts_grow_and_are_used_again():
 def test_a_packed_model_is_the_same_model(dtype, error):
     """Its vocabulary has several parts, the last a short one."""
     model = GPT(Config(20_000, 24, 16, 2, 2, 64)).to(dtype).eval().requires_grad_(False)
-    packed, tokens = copy.deepcopy(model).pack(2), torch.arange(12).view(2, 6)
+    packed, tokens = copy.deepcopy(model).pack(), torch.arange(12).view(2, 6)
     able = torch.backends.mkldnn.is_available() and (dtype == torch.float32
                                                      or torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    assert packed.packed == able == (packed.h[0].mlp.c_fc.weight is None) and packed.pack(9) is packed
+    assert packed.packed == able == (packed.h[0].mlp.c_fc.weight is None) and packed.pack() is packed
     hidden = model(tokens)
     assert (packed(tokens) - hidden).norm() < error * hidden.norm()
     cache, states = Cache(packed, 2, 6), []

@@ -30,7 +30,7 @@ HOWS = {"plain": (Decoding(), False), "cool": (Decoding(0.7), False),
 @pytest.fixture(scope="module", params=["loaded", "packed"])
 def model(request):
     model = GPT.from_pretrained(TOY)
-    return model.pack(12) if request.param == "packed" else model
+    return model.pack() if request.param == "packed" else model
 
 
 @pytest.fixture(scope="module")

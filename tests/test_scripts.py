@@ -393,7 +393,7 @@ def test_a_batch_stays_within_its_memory():
     """The peak of drawing one, long prompts, states recorded, over what it was fitted to: in a process of its own."""
     program = ("import sys; sys.path[:0] = sys.argv[1:]; import torch, bench, sample, control\n"
                "from model import GPT, Config\n"
-               "model = GPT(Config(50257, 600, 64, 2, 8, 256)).eval().requires_grad_(False).pack(8)\n"
+               "model = GPT(Config(50257, 600, 64, 2, 8, 256)).eval().requires_grad_(False).pack()\n"
                "prompts, spare = [[0] * 500], 2 ** 28\n"
                "batch, cpu = sample.fit_batch(model, prompts, 32, spare), torch.device('cpu')\n"
                "draw = lambda n: control.generate(model, prompts * n, torch.rand(n, 32), record=True, batch=n,\n"
