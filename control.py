@@ -66,10 +66,10 @@ def climb(value, hidden, R, steps, step_size, radius):
     """
     climbed = value.climbed
     z, up = climbed.preactivation(hidden), step_size * R.T     # (B, n_embd) -> (B, width)
-    e = z.new_zeros(len(z), len(R))
+    e, ball = z.new_zeros(len(z), len(R)), radius * math.sqrt(hidden.size(-1))
     for _ in range(steps):
         a = climbed.slope(z + e @ R)                           # (B, width)
-        e = torch.renorm(e + a @ up, 2, 0, radius * math.sqrt(hidden.size(-1)))   # rows beyond it, onto the ball
+        e = torch.renorm(e + a @ up, 2, 0, ball)               # rows longer than that, back onto the ball
     return e
 
 
@@ -183,6 +183,18 @@ class Rollout:
     def pick(self, rows):
         """The texts of these rows."""
         return Rollout(*(column[rows] for column in vars(self).values()))
+
+    def few(self, texts=64):
+        """The rows of all texts, a few at a time: what is made of states need not fit in memory at once."""
+        return torch.arange(len(self.mask)).split(texts)
+
+    def states(self, rows):
+        """hidden (B, T, n_embd) of these rows."""
+        return self.hidden[rows]
+
+    def draws(self, rows):
+        """hidden and psi of these rows, both (B, T, n_embd)."""
+        return self.hidden[rows], self.psi[rows]
 
 
 class Sampler:
@@ -348,7 +360,10 @@ class Sampler:
         return graph
 
     def run(self, prompts, uniforms, watch=None):
-        """Draw the texts. `watch(tokens)` sees each column of tokens as it is drawn."""
+        """
+        Draw the texts -> the sampler's own Rollout, which the next run writes over. `watch(tokens)` sees each
+        column of tokens as it is drawn.
+        """
         self.begin(prompts, uniforms)
         for t in range(uniforms.size(1)):
             self.advance()
@@ -356,7 +371,7 @@ class Sampler:
                 watch(self.out.tokens[:, t])
             if (watch or t % 16 == 15) and not self.alive.any():
                 break
-        return Rollout(*(buffer.clone() for buffer in vars(self.out).values()))
+        return self.out
 
 
 def truncate(logits, decoding):
@@ -418,17 +433,20 @@ def generate(model, prompts, uniforms, decoding=None, control=None, record=False
     if longest + n_tokens > model.config.n_positions:
         raise InputError(f"a prompt of {longest} tokens and {n_tokens} more go past the model's context of "
                          f"{model.config.n_positions}; shorten the prompt or --tokens")
-    parts, sampler = [], None
+    whole, sampler = None, None
     for start in range(0, samples, batch):
         rows = slice(start, min(start + batch, samples))
         if sampler is None or len(sampler.alive) != rows.stop - rows.start:
             sampler = None                                     # its memory first
             sampler = Sampler(model, rows.stop - rows.start, longest + n_tokens, n_tokens, decoding,
                               control, record, report)
-        parts.append(sampler.run(prompts[rows], uniforms[rows], watch))
+        drawn = vars(sampler.run(prompts[rows], uniforms[rows], watch))
+        whole = whole or Rollout(*(part.new_empty(samples, *part.shape[1:]) for part in drawn.values()))
+        for name, part in drawn.items():
+            getattr(whole, name)[rows] = part
         if progress:
             progress(rows.stop, samples)
-    return Rollout(*(torch.cat(columns) for columns in zip(*(vars(part).values() for part in parts))))
+    return whole
 
 
 # --------------------------------------------------------------------------- other methods, budgets
@@ -483,16 +501,50 @@ def best_of_kl(scores, n):
 
 
 @torch.no_grad()
+def drawn_from(model, prompts, tokens, batch=4096):
+    """
+    prompts [[token, ..], ..] and what was drawn after them, tokens (N, T) -> hidden (N, T, n_embd), the state
+    before each draw, without control: one causal pass over the whole texts, of so many tokens at a time.
+    """
+    starts, T = torch.tensor([len(prompt) - 1 for prompt in prompts])[:, None], tokens.size(1)
+    texts = [torch.tensor(prompt + row) for prompt, row in zip(prompts, tokens.tolist())]
+    texts = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True).to(tokens.device)
+    parts = [model(part)[torch.arange(len(part))[:, None], first + torch.arange(T)] for part, first in
+             zip(texts.split(batch // texts.size(1) + 1), starts.split(batch // texts.size(1) + 1))]
+    return torch.cat(parts)
+
+
+class Reread(Rollout):
+    """A Rollout recorded without its states: wherever they are asked for, the tokens are read again."""
+
+    def __init__(self, rollout, model, prompts, control=None):
+        super().__init__(**vars(rollout))
+        self.model, self.prompts, self.control = model, prompts, control
+
+    def states(self, rows):
+        """hidden (B, T, n_embd) of these rows."""
+        return drawn_from(self.model, [self.prompts[i] for i in rows.tolist()], self.tokens[rows])
+
+    @torch.no_grad()
+    def draws(self, rows, batch=256):
+        """hidden and psi of these rows, both (B, T, n_embd), the head on so many states at a time."""
+        hidden, W, psi = self.states(rows), self.model.wte.weight, []
+        for h, token in zip(hidden.flatten(0, 1).split(batch), self.tokens[rows].flatten().split(batch)):
+            logits = self.model.unembed(h)                     # (batch, n_vocab)
+            if self.control is not None:
+                logits += self.model.unembed(self.control(h))
+            psi.append(self.model.wte(token) - logits.softmax(-1).to(W.dtype) @ W)
+        return hidden, torch.cat(psi).view_as(hidden)
+
+
+@torch.no_grad()
 def teacher_force(model, prompts, rollout, batch=32):
     """log p(y_t) (N, T), nats, of the drawn tokens after these prompts [[token, ..], ..], no control."""
     logp = torch.zeros_like(rollout.logp)
-    for rows in torch.arange(len(prompts)).split(batch):
+    for rows in rollout.few(batch):
         tokens = rollout.tokens[rows]                                             # (B, T)
-        texts = [torch.tensor(prompts[i] + row) for i, row in zip(rows.tolist(), tokens.tolist())]
-        hidden = model(torch.nn.utils.rnn.pad_sequence(texts, batch_first=True).to(tokens.device))
-        starts = torch.tensor([len(prompts[i]) - 1 for i in rows.tolist()])[:, None]
-        drawn_from = hidden[torch.arange(len(rows))[:, None], starts + torch.arange(tokens.size(1))]
-        logits = model.unembed(drawn_from.flatten(0, 1))                          # (B * T, n_vocab)
+        hidden = drawn_from(model, [prompts[i] for i in rows.tolist()], tokens)
+        logits = model.unembed(hidden.flatten(0, 1))                              # (B * T, n_vocab)
         logp[rows] = log_prob(logits, tokens.flatten()).view_as(tokens)
     return logp
 
@@ -505,9 +557,10 @@ def step_for_kl(model, control, rollout, nats, states=1024):
     A search on the exact KL, averaged over so many of the states, times the tokens a text has: rare
     tokens, which drawn texts hardly show, count in full. What control changes of later states does not.
     """
-    hidden = rollout.hidden[rollout.mask]
-    chosen = torch.randperm(len(hidden), generator=torch.Generator().manual_seed(0))[:states]
-    hidden, length = hidden[chosen.to(hidden.device)], rollout.mask.sum().item() / len(rollout.mask)
+    real, length = rollout.mask.nonzero().cpu(), rollout.mask.sum().item() / len(rollout.mask)
+    chosen = real[torch.randperm(len(real), generator=torch.Generator().manual_seed(0))[:states]]     # (row, t)
+    hidden = torch.cat([rollout.states(part[:, 0])[torch.arange(len(part)), part[:, 1]]
+                        for part in chosen.split(64)])
     log_p = model.unembed(hidden).log_softmax(-1)                          # (states, n_vocab)
 
     def cost(step_size):

@@ -242,7 +242,7 @@ class Cache:
             self.room = self.reach
 
     def store(self, layer, pairs, positions):
-        """Write pairs (B, T, 2, n_head, d) at positions (B, T); return all live ones (2, B, n_head, reach, d)."""
+        """Write pairs (B, T, 2, n_head, d) at positions (B, T) -> all live ones (2, B, n_head, reach, d)."""
         slots = self.slots(self.pairs[layer], self.room)
         slots[:, self.rows, :, positions] = pairs
         return slots[:, :, :, :self.reach]

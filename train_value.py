@@ -26,10 +26,10 @@ import torch.nn as nn
 from torch.nn.utils import parametrize
 
 import sample
-from control import Controller, step_for_kl
+from control import Controller, Reread, step_for_kl
 from model import InputError
 from sample import Parser, count, number
-from value import ValueNet, advantages, fingerprint, load_reward, value_loss, whitening
+from value import ValueNet, advantages, fingerprint, load_reward, moments, value_loss, whitening
 
 # Ours and the baselines, with settings that do well on the tiny language and on film reviews alike; those
 # that are best for one task are found by tests/tune.py. One-step targets (lam 0) carry the reward back one
@@ -72,19 +72,24 @@ def train(model, rollout, rewards, seed=0, log=None, costs=None, **settings):
     value = ValueNet(rollout.hidden.size(-1), width).to(mask.device)
     value.b2.data.fill_(rewards.mean())                        # the best constant
     if standardised:
-        value.standardise(rollout.hidden[mask])
+        value.standardise(rollout.states(rows)[mask[rows]] for rows in rollout.few())
 
     def bellman_error(rows):
-        return value_loss(value, rollout.hidden[rows], rewards[rows], mask[rows], lam, costs[rows])
+        return value_loss(value, rollout.states(rows), rewards[rows], mask[rows], lam, costs[rows])
 
     descend(value, bellman_error, len(rewards), log=log and partial(log, "V"), **settings)
     value.requires_grad_(False)
     if draws:
-        advantage = advantages(value(rollout.hidden), rollout.earned, rewards, mask, lam, costs)
+        advantage = advantages(read(value, rollout), rollout.earned, rewards, mask, lam, costs)
         fit = fit_lift if draws == "net" else fit_line
         value.lift = fit(model, value, rollout, advantage, log=log and partial(log, "A"), **settings)
         value.lift.requires_grad_(False)
     return value
+
+
+def read(value, rollout):
+    """V (N, T) of all states."""
+    return torch.cat([value(rollout.states(rows)) for rows in rollout.few()])
 
 
 def descend(net, loss, texts, epochs, rate, decay, batch=64, log=None):
@@ -129,12 +134,14 @@ def fit_lift(model, value, rollout, advantage, **settings):
     is what is trained: T makes draws, real and imagined, alike in all directions.
     """
     mask, lift = rollout.mask, value.beside(len(value.w2))
-    T = whitening(value.std * rollout.psi[mask], value.std * model.wte.weight.float())
-    T /= ((rollout.hidden[mask] - value.mean) / value.std @ T).std(0).mean()          # of x T: about 1
-    parametrize.register_parametrization(lift, "w1", Whitened(T))
+    T = whitening((value.std * rollout.draws(rows)[1][mask[rows]] for rows in rollout.few()),
+                  value.std * model.wte.weight.float())
+    _, spread = moments((rollout.states(rows)[mask[rows]] - value.mean) / value.std @ T
+                        for rows in rollout.few())
+    parametrize.register_parametrization(lift, "w1", Whitened(T / spread.mean()))     # of x T: about 1
 
     def error(rows):
-        worth = lift.worth(rollout.hidden[rows], rollout.psi[rows])
+        worth = lift.worth(*rollout.draws(rows))
         return (worth - advantage[rows])[mask[rows]].square().mean()
 
     descend(lift, error, len(mask), **settings)
@@ -147,9 +154,12 @@ def fit_line(model, value, rollout, advantage, **_):
     A(h) = w . x, one direction for all states: least squares of the advantages (N, T) on psi_x, and of 0 on
     the imagined draws.
     """
-    psi = value.std * rollout.psi[rollout.mask]                # (states, n_embd)
-    T = whitening(psi, value.std * model.wte.weight.float())
-    return line(value, T @ (T @ (psi.T @ advantage[rollout.mask])) / len(psi))
+    def psi(rows):
+        return value.std * rollout.draws(rows)[1][rollout.mask[rows]]             # (n, n_embd)
+
+    T = whitening((psi(rows) for rows in rollout.few()), value.std * model.wte.weight.float())
+    moment = sum(psi(rows).T @ advantage[rows][rollout.mask[rows]] for rows in rollout.few())
+    return line(value, T @ (T @ moment) / rollout.mask.sum())
 
 
 def fit_static(rollout, rewards, ridge, first=False):
@@ -159,15 +169,20 @@ def fit_static(rollout, rewards, ridge, first=False):
     """
     mask = rollout.mask.clone()
     value = ValueNet(rollout.hidden.size(-1), 1).to(mask.device)
-    value.standardise(rollout.hidden[mask])
+    value.standardise(rollout.states(rows)[mask[rows]] for rows in rollout.few())
     if first:
         mask[:, 1:] = False
-    x = (rollout.hidden[mask] - value.mean) / value.std        # (states, n_embd)
-    x -= x.mean(0)                                             # 0 already for all states
-    outcome = (rewards - rewards.mean())[:, None].expand_as(mask)[mask]
-    gram = x.T @ x                                             # (n_embd, n_embd)
-    w = torch.linalg.solve(gram + ridge * gram.diag().mean() * torch.eye(len(gram), device=gram.device),
-                           x.T @ outcome)
+    outcome = (rewards - rewards.mean())[:, None].expand_as(mask)
+
+    def x(rows):
+        return ((rollout.states(rows) - value.mean) / value.std)[mask[rows]]      # (n, n_embd)
+
+    mean, _ = moments(x(rows) for rows in rollout.few())       # 0 of all states
+    gram, moment = 0.0, 0.0                                    # (n_embd, n_embd), (n_embd,)
+    for rows in rollout.few():
+        centred = x(rows) - mean
+        gram, moment = gram + centred.T @ centred, moment + centred.T @ outcome[rows][mask[rows]]
+    w = torch.linalg.solve(gram + ridge * gram.diag().mean() * torch.eye(len(gram), device=gram.device), moment)
     value = line(value, w)
     value.b2.data.fill_(rewards.mean())
     return value
@@ -201,15 +216,15 @@ def improve(model, control, rollout, rewards, first, nats, settings, radius=RADI
 
 def excitation(rollout, size):
     """A Controller that moves the states of such a rollout at random, by up to `size` a coordinate of x."""
-    value, states = ValueNet(rollout.hidden.size(-1), 1), rollout.hidden[rollout.mask]
-    value.std.copy_(states.std(0).clamp(min=1e-6))
-    return Controller(value.to(states.device).requires_grad_(False), step_size=0.0, excitation=size)
+    value = ValueNet(rollout.hidden.size(-1), 1).to(rollout.mask.device).requires_grad_(False)
+    value.standardise([rollout.hidden[rollout.mask]])
+    return Controller(value, step_size=0.0, excitation=size)
 
 
 @torch.no_grad()
 def report(value, rollout, rewards):
     """How well V foretells the outcome of held-out uncontrolled texts."""
-    values, mask = value(rollout.hidden), rollout.mask
+    values, mask = read(value, rollout), rollout.mask
     outcome = rewards[:, None].expand_as(values)
     error, spread = (values - outcome)[mask].square().mean(), outcome[mask].var()
     print(f"\nheld-out states: squared error of V to the outcome {error:.4f}, "
@@ -227,14 +242,18 @@ def report(value, rollout, rewards):
         print(f"  V {values[mask][part].mean():+.3f}   outcome {outcome[mask][part].mean():+.3f}")
 
 
-def check_fits(args, model):
-    """InputError now, not after hours of drawing, where the states of the rollouts would not fit."""
+def fits(args, model):
+    """Whether the states of all rollouts will; if not, says that the texts will be read again instead."""
     W, most = model.wte.weight, max(args.rollouts * min(args.rounds, 3), args.held_out)
-    text = args.tokens * W.size(1) * 2 * (W.itemsize + 4)      # states and psi, and once more while training
-    if most * text > args.spare / 2:                           # the other half is the sampler's
-        raise InputError(f"the states of {most} rollouts take {most * text / 2 ** 30:.3f} GiB, and "
-                         f"--max-memory {args.max_memory:.3f} leaves {args.spare / 2 ** 31:.3f} for them; "
-                         f"choose fewer --rollouts or --tokens")
+    states = most * args.tokens * W.size(1) * 2 * W.itemsize                      # bytes, psi too
+    if states <= args.spare / 2:                               # the other half is the sampler's
+        return True
+    what = (f"the states of {most} rollouts take {states / 2 ** 30:.3f} GiB, and --max-memory "
+            f"{args.max_memory:.3f} leaves {args.spare / 2 ** 31:.3f} for them")
+    if args.excitation:
+        raise InputError(f"{what}; excited, they cannot be read again: choose fewer --rollouts or --tokens")
+    print(f"{what}: read again from the tokens in every pass, which takes longer")
+    return False
 
 
 def peak_memory(device):
@@ -278,18 +297,26 @@ def parse_args(argv):
     return args
 
 
-def timed(spent, system, args, samples, seed, label, **how):
-    """sample.roll_out of system = (model, encoder, reward, prompts); its seconds are added to `spent`."""
+def timed(spent, system, args, samples, seed, label, record=False, **how):
+    """
+    sample.roll_out of system = (model, encoder, reward, prompts), its seconds added to `spent`; with states
+    that are kept where args.keep says so.
+    """
     clock, show = [time.time()], sample.progress(label)
 
     def progress(done, total):
         show(done, total)
         clock.append(time.time())
 
-    texts = sample.roll_out(*system, samples, args.tokens, seed, batch=args.batch, progress=progress, **how)
+    rollout, rewards, texts = sample.roll_out(*system, samples, args.tokens, seed, batch=args.batch,
+                                              progress=progress, record=record and args.keep, **how)
     spent["drawing"] += clock[-1] - clock[0]
     spent["scoring"] += time.time() - clock[-1]
-    return texts
+    if record and not args.keep:
+        model, _, _, prompts = system
+        prompts = [prompts[i % len(prompts)] for i in range(samples)]
+        rollout = Reread(rollout, model, prompts, how.get("control"))
+    return rollout, rewards, texts
 
 
 def iterate(args, model, rolled, settings):
@@ -321,7 +348,7 @@ def main(argv=None):
     args = parse_args(argv)
     sample.check_writable(args.out)
     model, encoder, _, prompts = sample.load(args)
-    check_fits(args, model)
+    args.keep = fits(args, model)
     reward = load_reward(args.reward, args.device)
     started, spent = time.time(), {"drawing": 0.0, "scoring": 0.0}                # seconds
     rolled = partial(timed, spent, (model, encoder, reward, prompts), args)

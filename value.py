@@ -97,12 +97,12 @@ class ValueNet(nn.Module):
         slope = climbed.slope(climbed.preactivation(hidden))
         return (slope * ((climbed.std * psi) @ climbed.w1.T)).sum(-1)
 
-    def standardise(self, states):
-        """Take x from the mean and the standard deviation of states (N, n_embd)."""
-        states = states.float()
+    def standardise(self, batches):
+        """Take x from the mean and the standard deviation of states, batches of (n, n_embd)."""
+        mean, std = moments(batches)
         for net in (self, self.climbed):
-            net.mean.copy_(states.mean(0))
-            net.std.copy_(states.std(0).clamp(min=1e-6))
+            net.mean.copy_(mean)
+            net.std.copy_(std.clamp(min=1e-6))
 
     def beside(self, width):
         """A fresh net in the coordinates of this one."""
@@ -209,17 +209,28 @@ def advantages(values, earned, rewards, mask, lam, costs=None):
     return torch.where(mask, bellman_targets(forecast, rewards, mask, lam, costs) - forecast, 0.0)
 
 
-def whitening(psi, embedding):
+def moments(batches):
+    """Batches of rows (n, k) -> mean and standard deviation (k,) of all, no more than a batch in memory."""
+    n, total, squares = 0, 0.0, 0.0
+    for rows in batches:
+        rows = rows.double()
+        n, total, squares = n + len(rows), total + rows.sum(0), squares + rows.square().sum(0)
+    variance = (squares - total ** 2 / n) / max(n - 1, 1)
+    return (total / n).float(), variance.clamp(min=0).sqrt().float()
+
+
+def whitening(batches, embedding):
     """
-    psi (states, n_embd), embedding W (n_vocab, n_embd) -> T = M^-1/2 (n_embd, n_embd), symmetric.
+    psi, batches of (n, n_embd), and W (n_vocab, n_embd) -> T = M^-1/2 (n_embd, n_embd), symmetric.
 
     M is the second moment of psi over the real draws and as many imagined ones, of tokens chosen blindly from
     W. Tokens hardly ever drawn have no say in what A learns: without the imagined draws the directions that
     only such tokens have would be free, and ascent would go there.
     """
-    blind = embedding - embedding.mean(0)
-    M = psi.T @ psi / len(psi) + blind.T @ blind / len(blind)
-    sizes, axes = torch.linalg.eigh(M.double())
+    blind, n, M = embedding - embedding.mean(0), 0, 0.0
+    for psi in batches:
+        n, M = n + len(psi), M + (psi.T @ psi).double()
+    sizes, axes = torch.linalg.eigh(M / n + (blind.T @ blind / len(blind)).double())
     sizes = sizes.clamp(min=1e-10 * sizes.max().item())        # where no draw, real or imagined, goes
     return ((axes / sizes.sqrt()) @ axes.T).float()
 

@@ -55,7 +55,7 @@ def one_net(form, weight, rollout, rewards, lam=0.95, width=64):
     hidden, psi, mask = rollout.hidden, rollout.psi, rollout.mask
     value = ValueNet(hidden.size(-1), width).to(mask.device)
     value.b2.data.fill_(rewards.mean())
-    value.standardise(hidden[mask])
+    value.standardise([hidden[mask]])
 
     def loss(rows):
         seen = mask[rows]
@@ -66,10 +66,11 @@ def one_net(form, weight, rollout, rewards, lam=0.95, width=64):
     return value.requires_grad_(False)
 
 
-def real_draws(psi, embedding):
+def real_draws(batches, embedding):
     """In the place of whitening, by which "imagined" draws make 1% of the identity."""
+    psi = torch.cat([*batches])
     one = (0.01 * psi.square().mean() * psi.size(1)) ** 0.5 * torch.eye(psi.size(1), device=psi.device)
-    return whitening(psi, torch.cat([one, -one]))
+    return whitening([psi], torch.cat([one, -one]))
 
 
 def main(argv=None):

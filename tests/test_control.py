@@ -5,13 +5,12 @@ and by autograd, KL by torch.distributions in float64. Random nets, states and l
     python -m pytest tests/test_control.py
 """
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.distributions import Categorical, kl_divergence as reference_kl
 
-from control import Controller, ascend, kl_ball, kl_divergence, step_for_kl
+from control import Controller, Rollout, ascend, kl_ball, kl_divergence, step_for_kl
 from model import InputError
 from test_value import random_net
 
@@ -131,11 +130,16 @@ class Head:
         return hidden @ self.weight.T
 
 
+def rolled(hidden, mask):
+    """And of a rollout."""
+    return Rollout(**{**dict.fromkeys(Rollout.__dataclass_fields__), "hidden": hidden, "mask": mask})
+
+
 @pytest.mark.parametrize("steps, radius", [(1, 1e3), (3, 1e3), (1, 0.5)])
 def test_step_for_kl(steps, radius):
     value, hidden = scene(1)
     model, mask = Head(30, 16), torch.arange(4) < torch.tensor([4, 1, 2, 3, 4])[:, None]
-    rollout = SimpleNamespace(hidden=hidden.view(5, 4, 16), mask=mask)
+    rollout = rolled(hidden.view(5, 4, 16), mask)
     control = Controller(value, steps, radius=radius)
     step = step_for_kl(model, control, rollout, 0.3)
     real = rollout.hidden[mask]
@@ -147,7 +151,7 @@ def test_step_for_kl(steps, radius):
 
 def test_step_for_kl_out_of_reach():
     value, hidden = scene(1)
-    rollout = SimpleNamespace(hidden=hidden.view(5, 4, 16), mask=torch.ones(5, 4, dtype=torch.bool))
+    rollout = rolled(hidden.view(5, 4, 16), torch.ones(5, 4, dtype=torch.bool))
     with pytest.raises(InputError, match="radius"):
         step_for_kl(Head(30, 16), Controller(value, radius=1e-3), rollout, 5.0)
     value.w2.zero_()

@@ -4,6 +4,7 @@ of tokens found by brute force, KL by torch.distributions. On the tiny model of 
 
     python -m pytest tests/test_sampler.py     the CUDA test skips where there is no GPU
 """
+import copy
 import math
 
 import pytest
@@ -12,8 +13,8 @@ from torch.distributions import Categorical, kl_divergence as reference_kl
 
 import bench
 from conftest import ROOT
-from control import (Controller, Decoding, Guided, Sampler, ascend, draw, generate, kl_ball, step_for_kl,
-                     truncate, uniform_table)
+from control import (Controller, Decoding, Guided, Reread, Sampler, ascend, draw, drawn_from, generate, kl_ball,
+                     step_for_kl, truncate, uniform_table)
 from model import GPT, InputError
 from sample import decode, distinct, encode_prompts, mean_error
 from test_value import random_net
@@ -271,6 +272,22 @@ def test_recorded_figures_equal_a_full_pass(model, rows, how):
             assert torch.allclose(rollout.after[i, steps], control.value(h) + worth, atol=1e-3)
 
 
+@pytest.mark.parametrize("how", ["plain", "controlled"])
+def test_states_read_again_are_those_recorded(model, rows, how):
+    """Prompts of several lengths, rows out of order; psi under the control that drew."""
+    kept = rolled(model, rows, how, record=True)
+    again = Reread(rolled(model, rows, how), model, rows, strong_control() if HOWS[how][1] else None)
+    order = torch.tensor([11, 0, 1, 5])
+    hidden, psi = again.draws(order)
+    real = kept.mask[order]
+    assert again.hidden.numel() == 0 and torch.equal(again.mask, kept.mask)
+    for got, recorded in ((again.states(order), kept.hidden), (hidden, kept.hidden), (psi, kept.psi)):
+        assert torch.allclose(got[real], recorded[order][real], atol=1e-4)
+    whole = drawn_from(model, rows, kept.tokens, batch=40)     # two texts at a time
+    assert torch.allclose(whole[kept.mask], kept.hidden[kept.mask], atol=1e-4)
+    assert (psi[real].norm() > 1) and torch.equal(torch.cat(again.few(5)), torch.arange(12))
+
+
 @pytest.mark.parametrize("width", [5, 80])
 def test_after_is_the_expected_q(model, rows, width):
     """With a lift, narrower and wider than a state: V from one net, the worth of the draw from the other."""
@@ -386,7 +403,7 @@ def test_graphs_of_longer_spans_draw_the_same(model, rows, how, monkeypatch):
     rows, uniforms = [rows[1], 20 * rows[0]], uniform_table(2, 14, 1)           # of 6 and of 40 tokens
     control = strong_control() if HOWS[how][1] else None
     sampler = Sampler(model, 2, 54, 14, HOWS[how][0], control, record=True)
-    expected = sampler.run(rows, uniforms)
+    expected = copy.deepcopy(sampler.run(rows, uniforms))
     sampler.graphs, sampler.grain = {}, 8
     monkeypatch.setattr(Sampler, "capture", lambda *arguments: Graph(*arguments))
     for _ in range(2):                                         # the second time no graph is made

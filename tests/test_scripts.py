@@ -73,6 +73,19 @@ def test_train_value_writes_a_value_net(trained, here, capsys):
     assert (here / "out/value.safetensors").read_bytes() != trained
 
 
+@pytest.mark.parametrize("method, rounds", [("q", "1"), ("q", "2"), ("draws", "1"), ("plain", "1"),
+                                            ("static", "1")])
+def test_states_that_do_not_fit_are_read_again(method, rounds, here, capsys):
+    """With hardly any memory for them the same net is trained, to rounding."""
+    nets, words = [], "read again from the tokens"
+    for memory in ("1", "0.0007"):
+        train_value.main([*TRAIN, "--method", method, "--rounds", rounds, "--batch", "32", "--max-memory", memory])
+        assert (words in capsys.readouterr().out) == (memory == "0.0007")
+        nets.append(dict(model_module.read_safetensors("out/value.safetensors")))
+    for name, kept in nets[0].items():
+        assert (nets[1][name] - kept).norm() <= 1e-3 * kept.norm() + 1e-6, name
+
+
 @pytest.mark.parametrize("method", train_value.METHODS)
 def test_every_method_trains_and_steers(method, here, capsys):
     train_value.main([*TRAIN, "--method", method, "--reward", "sentiment"])
@@ -339,7 +352,8 @@ REFUSED_BY_TRAIN_VALUE = {
     "lam nan": (["--lam", "nan"], "--lam"),
     "rollouts 0": (["--rollouts", "0"], "--rollouts"),
     "no rounds": (["--rounds", "0"], "--rounds"),
-    "states beyond memory": (["--rollouts", "1000000", "--max-memory", "0.1"], "fewer --rollouts"),
+    "states beyond memory": (["--rollouts", "1000000", "--max-memory", "0.1", "--excitation", "0.1"],
+                             "fewer --rollouts"),
     "nats 0": (["--nats", "0"], "--nats"),
     "excitation nan": (["--excitation", "nan"], "--excitation"),
     "rate nan": (["--rate", "nan"], "--rate"),

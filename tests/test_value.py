@@ -150,10 +150,10 @@ def test_advantages_are_weighted_changes_of_the_forecast(lam):
 def test_whitening_makes_real_and_imagined_draws_alike():
     torch.manual_seed(3)
     psi, W = torch.randn(40, 6), torch.randn(9, 6) + 2
-    T, blind = whitening(psi, W), W - W.mean(0)
+    T, blind = whitening([psi[:15], psi[15:]], W), W - W.mean(0)
     total = sum(torch.outer(T @ p, T @ p) for p in psi) / 40 + sum(torch.outer(T @ w, T @ w) for w in blind) / 9
     assert torch.allclose(total, torch.eye(6), atol=1e-4) and torch.allclose(T, T.T, atol=1e-5)
-    assert whitening(psi[:2], W[:2]).isfinite().all()          # some directions no draw goes
+    assert whitening([psi[:2]], W[:2]).isfinite().all()          # some directions no draw goes
 
 
 # ------------------------------------------------------------------------------------------ rewards
@@ -320,7 +320,7 @@ def test_the_sum_of_nets_is_the_weighted_sum():
 
 def test_the_lift_is_what_is_climbed():
     value = ValueNet(8, 5, lift=4)
-    value.standardise(torch.randn(50, 8) * 3 + 1)
+    value.standardise([torch.randn(50, 8) * 3 + 1])
     value.requires_grad_(False)
     value.lift.w2.normal_()
     hidden, psi = torch.randn(2, 6, 8)
@@ -334,7 +334,7 @@ def test_the_lift_is_what_is_climbed():
 
 def test_the_sum_of_nets_with_and_without_a_lift(tmp_path, model):
     a, b = ValueNet(64, 5, lift=4), random_net(1, 64, 4)
-    a.standardise(torch.randn(50, 64) * 2 - 1)
+    a.standardise([torch.randn(50, 64) * 2 - 1])
     a.requires_grad_(False)
     total, hidden, psi = ValueNet.sum([a, b], [0.7, 0.3]), *torch.randn(2, 6, 64)
     torch.testing.assert_close(total(hidden), 0.7 * a(hidden) + 0.3 * b(hidden), atol=1e-5, rtol=1e-4)
