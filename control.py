@@ -27,7 +27,8 @@ Deviations from the paper, on purpose:
 The loop is `Sampler.step`: read the state, find the control, draw a token, move the state on. One
 function for every device: eager on the CPU, on a GPU captured as a CUDA graph and replayed, so nothing
 in it reads a tensor back to the host. Draws are an inverse CDF over one table of uniforms,
-(samples, tokens), from a CPU generator: the same on every device, in every batch, under every control.
+(samples, tokens), from a CPU generator: the same on every device, in every batch, under every control
+(in bfloat16 the logits are rounded, which differs a little from device to device).
 
 But: one state at a time; the control does not plan over the draws to come, V has to know them. No
 speculative decoding, no beam search.
@@ -54,8 +55,11 @@ def ascend(value, hidden, steps, step_size, radius):
 
 
 def span(value):
-    """-> Q (n_embd, k), R (k, width), k <= width, with W1^T = Q R, of A: Q^T Q = 1, a basis of all it reads."""
-    return torch.linalg.qr(value.climbed.w1.T)
+    """-> Q (n_embd, k) with Q^T Q = 1, a basis of all that A reads of x, and R (k, width): W1^T = Q R."""
+    w1 = value.climbed.w1
+    if len(w1) < w1.size(1):
+        return torch.linalg.qr(w1.T)
+    return torch.eye(w1.size(1), device=w1.device), w1.T       # it reads all
 
 
 def climb(value, hidden, R, steps, step_size, radius):
@@ -107,7 +111,8 @@ def kl_ball(logits, delta, max_kl, iterations=10):
         kl = log_q.sub_(log_p).mul_(q).sum(-1)
         mean = torch.mul(q, delta, out=log_q).sum(-1)
         variance = torch.mul(q, square, out=log_q).sum(-1) - mean ** 2
-        low, high = torch.where(kl <= max_kl, s, low), torch.where(kl <= max_kl, high, s)
+        inside = kl <= max_kl
+        low, high = torch.where(inside, s, low), torch.where(inside, high, s)
         root = kl.clamp(min=0).sqrt()
         newton = s - (root - math.sqrt(0.99 * max_kl)) * 2 * root / (s * variance).clamp(min=1e-30)
         newton = newton.clamp(max=1)
@@ -149,7 +154,9 @@ class Controller:
         return climb(self.value, hidden, R, self.steps, self.step_size, self.radius)
 
     def __call__(self, hidden):
-        u = ascend(self.value, hidden, self.steps, self.step_size, self.radius)
+        u = torch.zeros(hidden.shape, device=hidden.device)
+        if self.step_size:
+            u = ascend(self.value, hidden, self.steps, self.step_size, self.radius)
         if self.excitation:
             size = self.excitation * torch.rand(len(u), 1, device=u.device)
             u = u + size * self.value.std * torch.randn_like(u)
@@ -201,6 +208,7 @@ class Sampler:
     """A batch of texts of one shape; buffers and, on a GPU, the graphs are made once and used again."""
 
     grain = 64      # a graph's shapes are fixed: there is one for each so many slots of the cache attended to
+    stream = None   # where graphs are warmed up and captured: one for all, as cuBLAS keeps memory for each
 
     def __init__(self, model, batch, size, n_tokens, decoding, control=None, record=False, report=True):
         device, n_embd = model.wte.weight.device, model.config.n_embd
@@ -225,7 +233,9 @@ class Sampler:
         self.out = Rollout(kl.long(), kl.bool(), kl, logp, logq, before, after, hidden, psi, earned)
         captured = device.type == "cuda" and not getattr(control, "eager", False)
         self.graphs = {} if captured else None                 # {span: graph}; None: every step eager
-        self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        if captured:
+            self.pool = torch.cuda.graph_pool_handle()
+            Sampler.stream = Sampler.stream or torch.cuda.Stream()
 
     def step(self):
         """h_t -> u_t -> y_t -> h_{t+1} for every row, all on the device."""
@@ -320,7 +330,8 @@ class Sampler:
         lengths = lengths.to(device)
         hidden = self.model(padded.to(device), self.cache, lengths)               # (B, T, n_embd)
         self.hidden.copy_(hidden[torch.arange(len(prompts), device=device), lengths - 1])
-        give_back()                                            # reading them took more than a step does
+        if device.type == "cpu":
+            give_back()                                        # reading them took more than a step does
 
     def advance(self):
         """One step: on a GPU the replay of the graph that attends to the fewest slots that are enough."""
@@ -347,15 +358,15 @@ class Sampler:
 
         state = (self.t, self.alive, self.hidden, self.cache.lengths)
         saved = [buffer.clone() for buffer in state]
-        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        graph = torch.cuda.CUDAGraph()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
             for _ in range(3):
                 step()
                 for buffer, was in zip(state, saved):
                     buffer.copy_(was)
-        torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(graph, pool=self.pool):
+        torch.cuda.current_stream().wait_stream(self.stream)
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
             step()
         return graph
 
@@ -397,9 +408,9 @@ def draw(probs, uniform, block=256):
     probs (B, n_vocab), uniform (B, 1) in [0, 1) -> tokens (B,), the inverse CDF at each uniform.
 
     In two levels, since a CDF of the whole vocabulary costs more than all else after the head: first the
-    block of so many tokens, then the token in it. Both CDFs rise, summed in float64 and in order (a
-    parallel sum may dip by 1e-16). The uniform is below 1, and what is left of it inside the block is kept
-    below the block's total: never a token without probability, none past the last probable one.
+    block of so many tokens, then the token in it. Both CDFs rise, summed in float64 and on a CPU in order (a
+    GPU's parallel sum may dip by 1e-16). The uniform is below 1, and what is left of it inside the block is
+    kept below the block's total: never a token without probability, none past the last probable one.
     """
     n_vocab, n = probs.size(1), probs.size(1) // block                            # n whole blocks, a rest
     sums = torch.cat([probs[:, :n * block].unflatten(1, (n, block)).sum(-1),
@@ -437,7 +448,7 @@ def generate(model, prompts, uniforms, decoding=None, control=None, record=False
     for start in range(0, samples, batch):
         rows = slice(start, min(start + batch, samples))
         if sampler is None or len(sampler.alive) != rows.stop - rows.start:
-            sampler = None                                     # its memory first
+            sampler = drawn = None                             # its memory first
             sampler = Sampler(model, rows.stop - rows.start, longest + n_tokens, n_tokens, decoding,
                               control, record, report)
         drawn = vars(sampler.run(prompts[rows], uniforms[rows], watch))

@@ -272,7 +272,7 @@ def load(args):
             raise InputError(f"--device {args.device}: this machine has no CUDA device; use --device cpu")
         torch.zeros(1, device=device)
         if device.type == "cuda":
-            torch.cuda.set_device(device)                      # graphs are captured on the current one
+            torch.cuda.set_device(device.index or 0)           # graphs are captured on the current one
     except RuntimeError as error:
         raise InputError(f"--device {args.device}: {str(error).splitlines()[0]}; use --device cpu") from None
     args.max_memory = args.max_memory or 0.8 * memory_of(device)

@@ -181,8 +181,8 @@ def bellman_targets(values, rewards, mask, lam, costs=None):
         target = (1 - lam) * next_value + lam * next_target
         next_target = torch.where(mask[:, t], target - costs[:, t], rewards)
         next_value = torch.where(mask[:, t], values[:, t] - costs[:, t], rewards)
-        targets[:, t] = torch.where(mask[:, t], target, 0.0)
-    return targets
+        targets[:, t] = target
+    return targets.masked_fill(~mask, 0.0)
 
 
 def value_loss(value, hidden, rewards, mask, lam, costs=None):

@@ -6,12 +6,15 @@ of tokens found by brute force, KL by torch.distributions. On the tiny model of 
 """
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch.distributions import Categorical, kl_divergence as reference_kl
 
 import bench
+import sample
+import train_value
 from conftest import ROOT
 from control import (Controller, Decoding, Guided, Reread, Sampler, ascend, draw, drawn_from, generate, kl_ball,
                      step_for_kl, truncate, uniform_table)
@@ -463,9 +466,14 @@ def test_the_benchmark_runs(capsys):
 
 # --------------------------------------------------------------------------------------------- CUDA
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@CUDA
+@pytest.mark.parametrize("grain", [8, 64])
 @pytest.mark.parametrize("how", HOWS)
-def test_cuda_graph_draws_the_cpu_s_tokens(model, rows, how):
+def test_cuda_graph_draws_the_cpu_s_tokens(model, rows, how, grain, monkeypatch):
+    monkeypatch.setattr(Sampler, "grain", grain)               # 8: several graphs, of one pool
     on_gpu, control = GPT.from_pretrained(TOY, "cuda"), None
     if HOWS[how][1]:
         control = strong_control()
@@ -477,3 +485,42 @@ def test_cuda_graph_draws_the_cpu_s_tokens(model, rows, how):
         mask = expected.mask
         assert (drawn.kl.cpu() - expected.kl)[mask].abs().max() < 1e-3
         assert (drawn.hidden.cpu() - expected.hidden)[mask].abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=CUDA)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["budget", "target", "wide", "excited", "guided", "not reported"])
+def test_a_captured_step_is_the_eager_step(rows, kind, dtype, device, monkeypatch):
+    """Texts twice from one sampler, then once more without graphs; on a CPU there are none."""
+    monkeypatch.setattr(Sampler, "grain", 8)
+    model, n = GPT.from_pretrained(TOY, device, dtype), len(rows)
+    value = random_net(3, 64, 80 if kind == "wide" else 8).requires_grad_(False).to(device)
+    control = Controller(value, steps=2, step_size=10.0)
+    control = {"guided": Guided(value, 3.0, 6), "target": replace(control, target=0.3),
+               "excited": Controller(value, step_size=0.0, excitation=0.3),
+               "budget": replace(control, max_kl=0.1)}.get(kind, control)
+    sampler = Sampler(model, n, max(map(len, rows)) + 16, 16, Decoding(), control, record=True,
+                      report=kind != "not reported")
+    assert (sampler.graphs is None) == (device == "cpu")
+    captured, again = (copy.deepcopy(sampler.run(rows, uniform_table(n, 16, 1))) for _ in range(2))
+    sampler.graphs = None
+    eager = sampler.run(rows, uniform_table(n, 16, 1))
+    other = rolled(model, rows, "plain", seed=2)
+    for drawn, alike in ((captured, 0.8), (again, 0.8), (other, 0.0)):
+        same = (drawn.tokens == eager.tokens)[eager.mask].float().mean()
+        if kind != "excited":                                  # whose random controls are others every time
+            assert same == 1 if alike and dtype == torch.float32 else same > alike
+    assert same < 0.8 and (captured.hidden[captured.mask].float().norm(dim=-1) > 1).all()
+    assert kind in ("excited", "not reported") or eager.kl[eager.mask].max() > 1e-3
+
+
+@CUDA
+def test_both_scripts_run_on_cuda(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small = ["--model", str(TOY), "--device", "cuda", "--tokens", "8"]
+    for more in ([], ["--dtype", "bfloat16", "--excitation", "0.1", "--rounds", "2"],
+                 ["--batch", "64", "--max-memory", "0.0007"]):
+        train_value.main([*small, "--rollouts", "64", "--held-out", "32", *more])
+        sample.main([*small, "--samples", "20"])
+        table = capsys.readouterr().out
+        assert "controlled" in table and ("read again" in table) == ("--max-memory" in more)
