@@ -28,7 +28,7 @@ The loop is `Sampler.step`: read the state, find the control, draw a token, move
 function for every device: eager on the CPU, on a GPU captured as a CUDA graph and replayed, so nothing
 in it reads a tensor back to the host. Draws are an inverse CDF over one table of uniforms,
 (samples, tokens), from a CPU generator: the same on every device, in every batch, under every control
-(in bfloat16 the logits are rounded, which differs a little from device to device).
+(but for rounding, which moves a draw now and then, in bfloat16 more often).
 
 But: one state at a time; the control does not plan over the draws to come, V has to know them. No
 speculative decoding, no beam search.
