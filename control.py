@@ -205,7 +205,10 @@ class Rollout:
 
 
 class Sampler:
-    """A batch of texts of one shape; buffers and, on a GPU, the graphs are made once and used again."""
+    """
+    A batch of texts of one shape; buffers and, on a GPU, the graphs are made once and used again. A graph
+    holds the numbers of its control as they were: for another step size, another Sampler.
+    """
 
     grain = 64      # a graph's shapes are fixed: there is one for each so many slots of the cache attended to
     stream = None   # where graphs are warmed up and captured: one for all, as cuBLAS keeps memory for each
@@ -221,9 +224,10 @@ class Sampler:
                 self.pushes = model.unembed(self.directions)   # with (k, n_vocab)
         self.cache = Cache(model, batch, size)
         # Made once: on a CPU the page faults of a fresh (B, n_vocab) cost more than the passes over it. What
-        # is not reported may be written over.
+        # is not reported is written over.
         buffers = torch.empty(4 if report else 2, batch, model.config.n_vocab, device=device)
-        self.delta, self.logits, self.moved, self.probs = [*buffers, *buffers[1:], *buffers[1:]][:4]
+        self.delta, self.logits = buffers[:2]
+        self.moved, self.probs = buffers[2:] if report else (self.logits, self.logits)
         self.hidden = torch.zeros(batch, n_embd, dtype=model.wte.weight.dtype, device=device)
         self.alive = torch.ones(batch, dtype=torch.bool, device=device)
         self.t = torch.zeros(1, dtype=torch.long, device=device)
@@ -517,12 +521,12 @@ def drawn_from(model, prompts, tokens, batch=4096):
     prompts [[token, ..], ..] and what was drawn after them, tokens (N, T) -> hidden (N, T, n_embd), the state
     before each draw, without control: one causal pass over the whole texts, of so many tokens at a time.
     """
-    starts, T = torch.tensor([len(prompt) - 1 for prompt in prompts])[:, None], tokens.size(1)
     texts = [torch.tensor(prompt + row) for prompt, row in zip(prompts, tokens.tolist())]
     texts = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True).to(tokens.device)
-    parts = [model(part)[torch.arange(len(part))[:, None], first + torch.arange(T)] for part, first in
-             zip(texts.split(batch // texts.size(1) + 1), starts.split(batch // texts.size(1) + 1))]
-    return torch.cat(parts)
+    starts = torch.tensor([len(prompt) - 1 for prompt in prompts])[:, None]
+    places, few = starts + torch.arange(tokens.size(1)), batch // texts.size(1) + 1          # (N, T)
+    return torch.cat([model(part)[torch.arange(len(part))[:, None], at]
+                      for part, at in zip(texts.split(few), places.split(few))])
 
 
 class Reread(Rollout):
@@ -569,7 +573,8 @@ def step_for_kl(model, control, rollout, nats, states=1024):
     tokens, which drawn texts hardly show, count in full. What control changes of later states does not.
     """
     real, length = rollout.mask.nonzero().cpu(), rollout.mask.sum().item() / len(rollout.mask)
-    chosen = real[torch.randperm(len(real), generator=torch.Generator().manual_seed(0))[:states]]     # (row, t)
+    order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
+    chosen = real[order[:states]]                              # (states, 2): row and t
     hidden = torch.cat([rollout.states(part[:, 0])[torch.arange(len(part)), part[:, 1]]
                         for part in chosen.split(64)])
     log_p = model.unembed(hidden).log_softmax(-1)                          # (states, n_vocab)

@@ -89,7 +89,10 @@ class Attention(nn.Module):
         self.c_proj = Linear(config.n_embd, config.n_embd)
 
     def forward(self, x, layer, cache, positions, future):
-        """x (B, T, n_embd) -> (B, T, n_embd), each row attending to itself and what came before."""
+        """
+        x (B, T, n_embd) -> (B, T, n_embd), each row attending to itself and what came before: `future`
+        (B, 1, T, reach), added to the scores, is -inf at what comes after.
+        """
         (B, T, C), d = x.shape, x.size(2) // self.n_head
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, d)
         if cache is None:

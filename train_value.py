@@ -182,7 +182,8 @@ def fit_static(rollout, rewards, ridge, first=False):
     for rows in rollout.few():
         centred = x(rows) - mean
         gram, moment = gram + centred.T @ centred, moment + centred.T @ outcome[rows][mask[rows]]
-    w = torch.linalg.solve(gram + ridge * gram.diag().mean() * torch.eye(len(gram), device=gram.device), moment)
+    gram.diagonal().add_(ridge * gram.diag().mean())
+    w = torch.linalg.solve(gram, moment)
     value = line(value, w)
     value.b2.data.fill_(rewards.mean())
     return value
@@ -249,7 +250,7 @@ def fits(args, model):
     if states <= args.spare / 2:                               # the other half is the sampler's
         return True
     what = (f"the states of {most} rollouts take {states / 2 ** 30:.3f} GiB, and --max-memory "
-            f"{args.max_memory:.3f} leaves {args.spare / 2 ** 31:.3f} for them")
+            f"{args.max_memory:.3f} leaves {max(args.spare, 0) / 2 ** 31:.3f} for them")
     if args.excitation:
         raise InputError(f"{what}; excited, they cannot be read again: choose fewer --rollouts or --tokens")
     print(f"{what}: read again from the tokens in every pass, which takes longer")
@@ -354,16 +355,16 @@ def main(argv=None):
     rolled = partial(timed, spent, (model, encoder, reward, prompts), args)
     settings = {name: getattr(args, name) for name in METHODS[args.method]}
     control = iterate(args, model, rolled, settings)
-    value, training = control.value, time.time() - started - sum(spent.values())
+    value, spent["training"] = control.value, time.time() - started - sum(spent.values())
     held_out, outcome, _ = rolled(args.held_out, args.seed + 1, "held-out rollouts", record=True)
     report(value, held_out, outcome)
     value.save(args.out, fingerprint=fingerprint(model), model=str(args.model), method=args.method,
                **settings, reward=args.reward, rollouts=args.rollouts, rounds=args.rounds, tokens=args.tokens,
                temperature=1.0, seed=args.seed, excitation=args.excitation, nats=args.nats,
                step_size=control.step_size, radius=control.radius)
-    print(f"\n{args.out}: {sum(p.numel() for p in value.parameters()):,} parameters trained; drawing "
-          f"{spent['drawing']:.0f} s, scoring {spent['scoring']:.0f} s, training {training:.0f} s, peak "
-          f"memory {peak_memory(model.wte.weight.device):.0f} MiB; a step of {control.step_size:.2f} costs about "
+    times = ", ".join(f"{what} {seconds:.0f} s" for what, seconds in spent.items())
+    print(f"\n{args.out}: {sum(p.numel() for p in value.parameters()):,} parameters trained; {times}, peak memory "
+          f"{peak_memory(model.wte.weight.device):.0f} MiB; a step of {control.step_size:.2f} costs about "
           f"{args.nats:g} nats a text")
     few = min(max(len(prompts), 2), 4)
     pairs = {label: rolled(few, args.seed + 2, label, control=how)

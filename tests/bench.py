@@ -180,7 +180,7 @@ def main(argv=None):
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)
     speed = bandwidth(device)
-    peak(random_model("tiny", device, dtype).pack(), ValueNet(64, 8).to(device), 1, 2, 0)     # loads libraries
+    peak(random_model("tiny", device, dtype).pack(), ValueNet(64, 8).to(device), 1, 2, 0)  # loads libraries
     bare = memory(device, since_now=True)
 
     def fresh():

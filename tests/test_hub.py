@@ -85,9 +85,8 @@ class Handler(BaseHTTPRequestHandler):
             return
         self.wfile.write(body[:len(body) // 2])
         time.sleep(self.server.hub.pause)
-        self.wfile.write(body[len(body) // 2:])
-        if plan == "more":
-            self.wfile.write(body)
+        # At once: a reader that has all it was told of would stop before the rest came.
+        self.wfile.write(body[len(body) // 2:] + body * (plan == "more"))
 
     def log_message(self, *_):
         pass

@@ -2,7 +2,7 @@
 The sampler against slow ways to the same: a full forward pass without a cache, each row alone, sets
 of tokens found by brute force, KL by torch.distributions. On the tiny model of tests/toy.
 
-    python -m pytest tests/test_sampler.py     the CUDA test skips where there is no GPU
+    python -m pytest tests/test_sampler.py     what needs a GPU skips where there is none
 """
 import copy
 import math
@@ -16,8 +16,8 @@ import bench
 import sample
 import train_value
 from conftest import ROOT
-from control import (Controller, Decoding, Guided, Reread, Sampler, ascend, draw, drawn_from, generate, kl_ball,
-                     step_for_kl, truncate, uniform_table)
+from control import (Controller, Decoding, Guided, Reread, Sampler, ascend, draw, drawn_from, generate,
+                     kl_ball, step_for_kl, truncate, uniform_table)
 from model import GPT, InputError
 from sample import decode, distinct, encode_prompts, mean_error
 from test_value import random_net

@@ -79,7 +79,8 @@ def test_states_that_do_not_fit_are_read_again(method, rounds, here, capsys):
     """With hardly any memory for them the same net is trained, to rounding."""
     nets, words = [], "read again from the tokens"
     for memory in ("1", "0.0007"):
-        train_value.main([*TRAIN, "--method", method, "--rounds", rounds, "--batch", "32", "--max-memory", memory])
+        train_value.main([*TRAIN, "--method", method, "--rounds", rounds, "--batch", "32",
+                          "--max-memory", memory])
         assert (words in capsys.readouterr().out) == (memory == "0.0007")
         nets.append(dict(model_module.read_safetensors("out/value.safetensors")))
     for name, kept in nets[0].items():
