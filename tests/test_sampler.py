@@ -4,13 +4,17 @@ of tokens found by brute force, KL by torch.distributions. On the tiny model of 
 
     python -m pytest tests/test_sampler.py     what needs a GPU skips where there is none
 """
+import contextlib
 import copy
 import math
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
 from torch.distributions import Categorical, kl_divergence as reference_kl
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import bench
 import sample
@@ -18,7 +22,7 @@ import train_value
 from conftest import ROOT
 from control import (Controller, Decoding, Guided, Reread, Sampler, ascend, draw, drawn_from, generate,
                      kl_ball, step_for_kl, truncate, uniform_table)
-from model import GPT, InputError
+from model import GPT, InputError, read_config
 from sample import decode, distinct, encode_prompts, mean_error
 from test_value import random_net
 from value import ValueNet, load_tokenizer
@@ -391,32 +395,40 @@ def test_temperature_0_is_the_argmax_loop(model, rows, controlled):
 
 @pytest.mark.parametrize("how", HOWS)
 def test_graphs_of_longer_spans_draw_the_same(model, rows, how, monkeypatch):
-    """The rule by which a GPU picks a graph, with graphs that are the eager step over as many slots."""
-    spans = []
+    """Which graph a GPU replays, and what is left behind by making one, with graphs that take the eager step."""
+    replays = []
 
     class Graph:
-        def __init__(self, sampler, span):
-            self.sampler, self.span = sampler, span
-
         def replay(self):
-            spans.append((self.sampler.cache.lengths.max().item(), self.span))
-            self.sampler.cache.span = self.span - 1            # what capture() puts before the step
-            self.sampler.step()
+            replays.append((sampler.cache.lengths.max().item(), self.span))
+            sampler.cache.span = self.span - 1                 # as when it was recorded
+            sampler.step()
 
-    rows, uniforms = [rows[1], 20 * rows[0]], uniform_table(2, 14, 1)           # of 6 and of 40 tokens
+    @contextlib.contextmanager
+    def recording(graph, pool, stream):
+        buffers = [sampler.t, sampler.alive, sampler.hidden, sampler.cache.lengths, *vars(sampler.out).values()]
+        before = [buffer.clone() for buffer in buffers]
+        yield
+        graph.span = sampler.cache.span
+        for buffer, was in zip(buffers, before):               # recording runs nothing
+            buffer.copy_(was)
+
+    rows, uniforms = [*rows, 20 * rows[0]], uniform_table(13, 14, 1)              # the last of 40 tokens
     control = strong_control() if HOWS[how][1] else None
-    sampler = Sampler(model, 2, 54, 14, HOWS[how][0], control, record=True)
+    sampler = Sampler(model, 13, 54, 14, HOWS[how][0], control, record=True)
     expected = copy.deepcopy(sampler.run(rows, uniforms))
-    sampler.graphs, sampler.grain = {}, 8
-    monkeypatch.setattr(Sampler, "capture", lambda *arguments: Graph(*arguments))
+    sampler.graphs, sampler.grain, sampler.pool, sampler.stream = {}, 8, None, Mock()
+    for name, stand_in in {"CUDAGraph": Graph, "graph": recording, "current_stream": Mock(),
+                           "stream": contextlib.nullcontext}.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
     for _ in range(2):                                         # the second time no graph is made
         drawn = sampler.run(rows, uniforms)
         assert texts(drawn) == texts(expected)
         mask = expected.mask
         assert torch.allclose(drawn.hidden[mask], expected.hidden[mask], atol=1e-4)
         assert torch.allclose(drawn.kl[mask], expected.kl[mask], atol=1e-4)
-        assert all(live < span <= live + 8 for live, span in spans)
-    assert list(sampler.graphs) == [48, 54]
+        assert all(live < span <= live + 8 for live, span in replays)
+    assert list(sampler.graphs) == [48, 54] and len(replays) == 2 * 14
 
 
 # ------------------------------------------------------------------------------------------ figures
@@ -467,6 +479,37 @@ def test_the_benchmark_runs(capsys):
 # --------------------------------------------------------------------------------------------- CUDA
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+class OnOneDevice(TorchDispatchMode):
+    """Fails at an operation that takes from, or puts on, another device than meta."""
+
+    def __torch_dispatch__(self, operation, types, arguments=(), more=None):
+        result = operation(*arguments, **(more or {}))
+        for x in tree_leaves((arguments, more, result)):
+            assert not isinstance(x, torch.Tensor) or x.is_meta, operation
+        return result
+
+
+@pytest.mark.parametrize("report", [True, False])
+@pytest.mark.parametrize("decoding", [Decoding(), Decoding(0.7, 12, 0.9), Decoding(0)], ids=["1", "0.7", "0"])
+@pytest.mark.parametrize("kind", ["none", "steps", "wide", "no lift", "balls", "excited", "guided"])
+def test_a_step_stays_on_its_device(kind, decoding, report):
+    """What a CUDA graph asks for, shown without a GPU: the meta device has shapes, but no numbers to read."""
+    with torch.device("meta"):
+        model, width = GPT(read_config(TOY)).eval().requires_grad_(False), 80 if kind == "wide" else 8
+        value = ValueNet(64, width, 0 if kind == "no lift" else width).requires_grad_(False)
+    control = {"none": None, "balls": Controller(value, max_kl=0.1, target=0.3), "guided": Guided(value),
+               "excited": Controller(value, excitation=0.3)}.get(kind, Controller(value, steps=3))
+    sampler = Sampler(model, 4, 32, 16, decoding, control, record=True, report=report)
+    with OnOneDevice(), torch.no_grad():
+        sampler.step()
+    for mistake, error, what in (
+            (lambda hidden: hidden * (2 if hidden.sum() > 0 else 1), RuntimeError, "meta tensors"),      # a read
+            (lambda hidden: hidden + torch.ones(()), AssertionError, "aten")):           # a number from the host
+        model.ln_f.forward = mistake
+        with OnOneDevice(), torch.no_grad(), pytest.raises(error, match=what):
+            sampler.step()
 
 
 @CUDA
