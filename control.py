@@ -1,5 +1,5 @@
 """
-The control: before each draw, move the state uphill on V, inside a ball; and the loop it closes.
+The control: before each draw, move the state uphill on A, inside a ball; and the loop it closes.
 
     u_t = argmax A(h_t + u)   subject to   ||u / std||_2 <= radius * sqrt(n_embd)        (ascend)
     y_t ~ softmax(W (h_t + s u_t)),  s <= 1 the largest with KL(p_su || p_0) <= max_kl   (kl_ball)
@@ -93,11 +93,12 @@ def log_normaliser(logits, probs):
 def kl_ball(logits, delta, max_kl, iterations=10):
     """
     logits, delta (B, n_vocab) -> scale (B,), the largest s in [0, 1] with
-    KL(softmax(logits + s delta) || softmax(logits)) <= max_kl, to within 2%.
+    KL(softmax(logits + s delta) || softmax(logits)) <= max_kl, to within 2% of max_kl.
 
     KL(s) = s E_s[delta] - log E_0[exp(s delta)] starts as s^2 Var_0(delta) / 2 and grows with slope
     s Var_s(delta): its root is close to linear, and Newton on it lands in a few steps. A bracket
-    keeps it safe. It aims one percent low, so that the best s found lies inside the budget.
+    keeps it safe. It aims one percent low, so that the best s found lies inside the budget. (Where one token has
+    all but e^-15 of the probability and delta is huge, ten iterations may end at a far smaller s.)
     """
     log_p = logits.log_softmax(-1).clamp(min=-1e30)            # finite, so that 0 * log 0 = 0
     delta = delta - (log_p.exp() * delta).sum(-1, keepdim=True)
@@ -144,23 +145,21 @@ class Controller:
     value: ValueNet
     steps: int = 1
     step_size: float = 1.0
-    radius: float = 1.0
+    radius: float = 10.0          # far out: the budget in nats is what bounds a step
     max_kl: float = math.inf      # nats a token
     target: float = math.inf      # of V: no more control than reaches it, see target_ball
-    excitation: float = 0.0       # size of a random control on top, in x, up to so much a coordinate
+    excitation: float = 0.0       # if above 0, a random control instead: its standard deviation in x, at most
 
     def climb(self, hidden, R):
         """hidden (B, n_embd) -> e (B, k), see `climb`."""
         return climb(self.value, hidden, R, self.steps, self.step_size, self.radius)
 
     def __call__(self, hidden):
-        u = torch.zeros(hidden.shape, device=hidden.device)
-        if self.step_size:
-            u = ascend(self.value, hidden, self.steps, self.step_size, self.radius)
+        """hidden (B, n_embd) -> u (B, n_embd), float32. A subclass may choose u otherwise."""
         if self.excitation:
-            size = self.excitation * torch.rand(len(u), 1, device=u.device)
-            u = u + size * self.value.std * torch.randn_like(u)
-        return u
+            size = self.excitation * torch.rand(len(hidden), 1, device=hidden.device)
+            return size * self.value.std * torch.randn(hidden.shape, device=hidden.device)
+        return ascend(self.value, hidden, self.steps, self.step_size, self.radius)
 
 
 # ------------------------------------------------------------------------------------ the closed loop
@@ -208,6 +207,9 @@ class Sampler:
     """
     A batch of texts of one shape; buffers and, on a GPU, the graphs are made once and used again. A graph
     holds the numbers of its control as they were: for another step size, another Sampler.
+
+    `size` bounds a text's tokens, the prompt's included, `n_tokens` those drawn; `record` and `report` are
+    generate's. The model's GPU has to be the current one (torch.cuda.set_device).
     """
 
     grain = 64      # a graph's shapes are fixed: there is one for each so many slots of the cache attended to
@@ -217,14 +219,14 @@ class Sampler:
         device, n_embd = model.wte.weight.device, model.config.n_embd
         self.model, self.decoding, self.control = model, decoding, control
         self.record, self.report, self.pushes = record, report, None
-        if isinstance(control, Controller) and not control.excitation:
+        if type(control) is Controller and not control.excitation:        # a subclass finds u its own way
             Q, self.R = span(control.value)
             if len(self.R) < n_embd:                           # u = e @ directions, so W u = e @ pushes:
                 self.directions = control.value.std * Q.T      # a product of V's width, not of n_embd,
                 self.pushes = model.unembed(self.directions)   # with (k, n_vocab)
         self.cache = Cache(model, batch, size)
-        # Made once: on a CPU the page faults of a fresh (B, n_vocab) cost more than the passes over it. What
-        # is not reported is written over.
+        # Made once: on a CPU the page faults of a fresh (B, n_vocab) cost more than the passes over it. With
+        # nothing to report, the controlled logits and probs are written over the logits.
         buffers = torch.empty(4 if report else 2, batch, model.config.n_vocab, device=device)
         self.delta, self.logits = buffers[:2]
         self.moved, self.probs = buffers[2:] if report else (self.logits, self.logits)
@@ -441,9 +443,12 @@ def generate(model, prompts, uniforms, decoding=None, control=None, record=False
     prompts [[token, ..], ..], one a sample, and uniforms (N, T) -> a Rollout of N texts.
 
     `record` keeps states and psi for training; `report` measures kl, logp, before and after, a few passes
-    over the vocabulary: without it they are NaN. Done in batches of `batch` texts.
+    over the vocabulary: without it they are NaN. Done in batches of `batch` texts. InputError if a text
+    would be longer than the model's context.
     """
     decoding, (samples, n_tokens) = decoding or Decoding(), uniforms.shape
+    if not 0 < len(prompts) == samples:
+        raise ValueError(f"{len(prompts)} prompts and {samples} rows of uniforms")
     longest = max(map(len, prompts))
     if longest + n_tokens > model.config.n_positions:
         raise InputError(f"a prompt of {longest} tokens and {n_tokens} more go past the model's context of "
@@ -530,7 +535,10 @@ def drawn_from(model, prompts, tokens, batch=4096):
 
 
 class Reread(Rollout):
-    """A Rollout recorded without its states: wherever they are asked for, the tokens are read again."""
+    """
+    A Rollout recorded without its states: wherever they are asked for, the tokens are read again. `control`
+    is the one they were drawn under, without max_kl, target or excitation; there is no `pick`.
+    """
 
     def __init__(self, rollout, model, prompts, control=None):
         super().__init__(**vars(rollout))
@@ -571,6 +579,7 @@ def step_for_kl(model, control, rollout, nats, states=1024):
 
     A search on the exact KL, averaged over so many of the states, times the tokens a text has: rare
     tokens, which drawn texts hardly show, count in full. What control changes of later states does not.
+    InputError if no step costs so much.
     """
     real, length = rollout.mask.nonzero().cpu(), rollout.mask.sum().item() / len(rollout.mask)
     order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
@@ -589,7 +598,7 @@ def dial_for(cost, nats):
     """
     The dial > 0 at which a rising cost(dial) is `nats`, to a thousandth: cost grows about as the dial's
     square, so the next guess is dial * sqrt(nats / cost), inside a bracket that keeps it safe. After ten
-    guesses, of a cost that levels off or jumps, the bracket alone is trusted.
+    guesses, of a cost that levels off or jumps, the bracket alone is trusted. InputError if there is none.
     """
     low, high, dial, guesses = 0.0, math.inf, 1.0, 10
     while high > low * (1 + 1e-6):

@@ -133,7 +133,7 @@ def roll_out(model, encoder, reward, prompts, samples, n_tokens, seed, prefix=()
     of the highest reward is kept, or by "value": of the highest V where its last token was drawn. Then kl
     is log(p_u / p) of what was drawn, p without the prefix, and at a text's first token that of the choice.
     """
-    prompts = [prompts[i % len(prompts)] for i in range(samples * best_of)]
+    prompts = [prompts[i % samples % len(prompts)] for i in range(samples * best_of)]
     openings = [*map(tuple, prompts)]
     rollout = generate(model, [[*prompt[:1], *prefix, *prompt[1:]] for prompt in prompts],
                        uniform_table(len(prompts), n_tokens, seed), **how)
@@ -366,7 +366,7 @@ def parse_args(argv):
     add("--by", choices=("reward", "value"), default="reward", help="what is best: value is V at the last token")
     add("--steps", type=count, default=1, help="of gradient ascent on V, a token")
     add("--step-size", type=number(float, 0, 1e6), help="of all steps together, 1 / beta (default: "
-                                                        "saved with V, see NATS in train_value.py)")
+        "saved with V, see NATS in train_value.py; of guided: 1)")
     add("--radius", type=number(float, 0, math.inf), help="of the ball around the state; 1: the typical "
                                                           "distance from the mean (default: saved with V)")
     add("--max-kl", type=number(float, 0, math.inf), default=math.inf, help="of the control, nats a token")
@@ -380,6 +380,8 @@ def parse_args(argv):
         raise InputError("--target: of the draw on average, and --temperature 0 draws none; leave it out")
     if args.method == "guided" and min(args.target, args.max_kl) < math.inf:
         raise InputError("--target and --max-kl: of --method control only; leave them out")
+    if args.method != "control" and (args.steps > 1 or args.radius is not None):
+        raise InputError("--steps and --radius: of --method control only; leave them out")
     return args
 
 
@@ -448,7 +450,7 @@ def main(argv=None):
         print(f"prefix: {args.prefix!r}\n" * bool(prefix)
               + f"best of {args.best_of} by {args.by}\n" * (args.best_of > 1), end="")
     decoding, samples = Decoding(args.temperature, args.top_k, args.top_p), args.samples * len(prompts)
-    sampled = decoding == Decoding() or not prefix and args.best_of == 1 and args.temperature > 0
+    kl_known = decoding == Decoding() or not prefix and args.best_of == 1 and args.temperature > 0
     results, table = {}, {}
     for label, plan in plans.items():
         watched = samples == 1 and plan.get("best_of", 1) == 1
@@ -457,7 +459,7 @@ def main(argv=None):
             model, encoder, reward, prompts, samples, args.tokens, args.seed, decoding=decoding, watch=watch,
             batch=args.batch, progress=progress(f"{label} texts"), **plan)
         table[label] = figures(rollout, scores)
-        if args.temperature == 0 or plan and not sampled:      # KL is not defined, or not known
+        if args.temperature == 0 or plan and not kl_known:     # KL is not defined, or not known
             table[label]["kl_token"] = table[label]["kl_text"] = math.nan
         if args.temperature == 0:                              # nor is what a draw is worth on average
             table[label]["after"] = math.nan

@@ -49,11 +49,8 @@ METHODS = {
 }
 
 
-RADIUS = 10.0      # of the ball: far out, as the budget in nats is what bounds a step
-
-
-def ball(settings, radius=RADIUS):
-    """The radius for a net of these settings: in raw coordinates there is no ball."""
+def ball(settings, radius=Controller.radius):
+    """The radius for a net of these settings: in raw coordinates, and for a static direction, there is no ball."""
     return radius if settings.get("standardised") else math.inf
 
 
@@ -62,6 +59,7 @@ def train(model, rollout, rewards, seed=0, log=None, costs=None, **settings):
     Rollout of N texts and rewards (N,) -> a frozen ValueNet, by the settings of one of METHODS.
 
     `draws`: A is a "net" or a "line"; without it V itself is climbed. costs (N, T): see bellman_targets.
+    InputError if the loss grows beyond all bounds.
     """
     if "ridge" in settings:
         return fit_static(rollout, rewards, **settings).requires_grad_(False)
@@ -197,7 +195,7 @@ def line(value, w):
     return net
 
 
-def improve(model, control, rollout, rewards, first, nats, settings, radius=RADIUS, seed=0, log=None):
+def improve(model, control, rollout, rewards, first, nats, settings, radius=Controller.radius, seed=0, log=None):
     """
     A round of soft policy iteration: `control` and texts drawn under it -> the next Controller.
 
@@ -216,10 +214,10 @@ def improve(model, control, rollout, rewards, first, nats, settings, radius=RADI
 
 
 def excitation(rollout, size):
-    """A Controller that moves the states of such a rollout at random, by up to `size` a coordinate of x."""
+    """A Controller that moves such states at random, with standard deviations of x up to `size`."""
     value = ValueNet(rollout.hidden.size(-1), 1).to(rollout.mask.device).requires_grad_(False)
     value.standardise([rollout.hidden[rollout.mask]])
-    return Controller(value, step_size=0.0, excitation=size)
+    return Controller(value, excitation=size)
 
 
 @torch.no_grad()
@@ -286,13 +284,16 @@ def parse_args(argv):
     add("--rounds", type=count, default=1, help="of policy iteration: 1 learns from uncontrolled texts only")
     add("--nats", type=number(float, 1e-6, 1e3), default=0.5, help="a text: the cost of the control whose step "
                                                                    "size is saved with V, and of the rounds")
-    add("--excitation", type=number(float, 0, 10), default=0.0, help="size of random controls in the first "
-                                                                     "round, in standard deviations of a state")
+    add("--excitation", type=number(float, 0, 10), default=0.0, help="in the first round, random "
+        "controls whose standard deviation is up to so many of a state's")
     add("--held-out", type=number(int, 16, 2 ** 31), default=1000, help="texts to report on")
     own("--width", type=number(int, 1, 65536), default=argparse.SUPPRESS, help="of V's hidden layer")
     own("--ridge", type=number(float, 0, 1e9), default=argparse.SUPPRESS,
         help="of static and static-h0, relative to the mean square of a feature")
     args = parser.parse_args(argv)
+    settings = {name for method in METHODS.values() for name in method}
+    if foreign := vars(args).keys() & settings - METHODS[args.method].keys():
+        raise InputError(f"--method {args.method} has no --{' and no --'.join(sorted(foreign))}; leave it out")
     for name, setting in METHODS[args.method].items():
         setattr(args, name, getattr(args, name, setting))
     return args

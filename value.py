@@ -25,14 +25,16 @@ the value of drawing y: one Bellman equation for states and tokens, Q(h_t, y_t) 
 averaged over y_t is the one above, as E[psi] = 0. Its KL-optimal policy, p(y) exp(Q(h, y) / beta), is
 exactly softmax(W (h + u)) with u_x = dA/dx / beta: one gradient step. A is a net like V, its `lift`. The
 value of a controlled state is E[Q] under its draw; the paper has A = V and reads V(h + u), as if control
-led to the state h + u, but no text leads there. Fitted by one net, both suffer (tests/ablate.py).
+led to the state h + u, but no text leads there. One net for both depends on how its two losses are weighed
+(tests/ablate.py); two need no weight.
 
 A learns from the advantage of each draw, how much higher the forecast of the reward stands after it. V
 reads one state, which hardly holds what the text has said so far; while learning, the text is at hand,
 so the forecast is made from V(h_t) and the reward of the text up to there (`advantages`).
 
 Deviations from the paper: TD(lambda) instead of one step; A beside V, fitted to the draws, where these are
-white (`whitening`); standardised states. `train_value.py --method paper` switches all off, and the ball.
+white (`whitening`); standardised states. `train_value.py --method paper` switches all off, and the ball;
+what stays: a small tanh net with weight decay, targets without gradient, one step of control by default.
 But: V reads one state, not the text; what the state does not hold, V cannot know.
 """
 import hashlib

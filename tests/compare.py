@@ -42,7 +42,7 @@ import sample                                                                   
 from control import Controller, Guided, Rollout, dial_for, step_for_kl, teacher_force           # noqa: E402
 from exact import Exact, Tilted                                                       # noqa: E402
 from model import GPT, read_header, read_json                                         # noqa: E402
-from train_value import METHODS, RADIUS, ball, improve, peak_memory, train            # noqa: E402
+from train_value import METHODS, ball, improve, peak_memory, train            # noqa: E402
 from value import fingerprint, load_reward                                            # noqa: E402
 
 
@@ -55,7 +55,9 @@ def parse_args(argv):
     add("--keep", metavar="FILE", help="where these texts are kept, for further runs and other rewards")
     add("--samples", type=sample.number(int, 2, 2 ** 31), default=4000, help="texts a test prompt and row")
     add("--kl", default="0.1,0.3,0.8,2", help="budgets aimed at, nats a text")
-    add("--radius", type=sample.number(float, 0, math.inf), default=RADIUS, help="of the ball; raw states have none")
+    add("--radius", type=sample.number(float, 0, math.inf), default=Controller.radius,
+        help="of the ball; raw states have none")
+    add("--steps", type=sample.count, default=1, help="of gradient ascent a token, each of the step in the table")
     add("--settings", metavar="FILE", help="of training, from tests/tune.py (default: train_value.py's)")
     add("--check", metavar="NAME", help="another reward to print beside, which nothing is trained on")
     add("--methods", default=",".join(METHODS), help="which of " + ", ".join(METHODS))
@@ -226,7 +228,7 @@ def curve(args, table, prompts, method, value, first, settings, note):
     """A row for each budget, and one more after --rounds -> the Controllers of the first rounds."""
     controls = []
     for nats in map(float, args.kl.split(",")):
-        control = Controller(value, radius=ball(settings, args.radius))
+        control = Controller(value, args.steps, radius=ball(settings, args.radius))
         control.step_size = step_for_kl(table.model, control, first, nats)
         table.row(f"{method} {nats:g}{note}", control.step_size, control=control)
         controls.append(control)

@@ -180,7 +180,7 @@ def test_what_u_adds_to_the_logits(model, net, temperature, max_kl):
     if net == "sum":
         value = ValueNet.sum([value, other], [0.7, -0.2])
     control = Controller(value, steps=3, step_size=3.0, radius=0.8, max_kl=max_kl,
-                         excitation=0.1 * (net == "excited"))
+                         excitation=0.5 * (net == "excited"))
     sampler = Sampler(model, 6, 8, 4, Decoding(temperature), control)
     h = value.mean + 2 * value.std * torch.randn(6, 64)
     kept = model.unembed(h) / temperature
@@ -195,6 +195,25 @@ def test_what_u_adds_to_the_logits(model, net, temperature, max_kl):
     assert torch.allclose(delta, scale * expected, atol=1e-4) and delta.abs().max() > 0.1
     # Rounding moves kl_ball's answer within its 2% of KL, and only where it cuts.
     assert torch.allclose(scale, budget, rtol=0.01 if max_kl < math.inf else 1e-5)
+
+
+def test_a_controller_of_ones_own_is_the_one_that_steers(model, rows):
+    """Though V has fewer units than the state has numbers, so that W u could be found without asking for u."""
+    class Idle(Controller):
+        def __call__(self, hidden):
+            return torch.zeros_like(hidden)
+
+    idle, plain = (rolled(model, rows, control=control) for control in
+                   (Idle(strong_control().value, step_size=10.0), replace(strong_control(), step_size=0.0)))
+    assert texts(idle) == texts(plain) != texts(rolled(model, rows)) and idle.kl[idle.mask].abs().max() < 1e-5
+
+
+def test_candidates_share_the_opening_of_their_text(model, rows):
+    """However many texts are asked for, three of two openings for one."""
+    encoder, seen = load_tokenizer(TOY), []
+    sample.roll_out(model, encoder, lambda texts: seen.extend(texts) or [0.0] * len(texts), rows[:2], 3, 4, 1,
+                    best_of=2, by="reward")
+    assert [text.startswith(PROMPTS[1]) for text in seen] == [False, True, False] * 2
 
 
 def test_psi_in_bfloat16(rows):
@@ -248,6 +267,9 @@ def test_texts_do_not_depend_on_the_cut(model, rows):
 
 
 def test_what_does_not_fit_is_refused(model, rows):
+    for prompts in ([], rows[:2]):
+        with pytest.raises(ValueError, match="3 rows of uniforms"):
+            generate(model, prompts, uniform_table(3, 4, 0))
     with pytest.raises(InputError, match="context of 64"):
         generate(model, rows, torch.rand(len(rows), 64))
     assert generate(model, [rows[0]], torch.rand(1, 62)).tokens.shape == (1, 62)
@@ -540,7 +562,7 @@ def test_a_captured_step_is_the_eager_step(rows, kind, dtype, device, monkeypatc
     value = random_net(3, 64, 80 if kind == "wide" else 8).requires_grad_(False).to(device)
     control = Controller(value, steps=2, step_size=10.0)
     control = {"guided": Guided(value, 3.0, 6), "target": replace(control, target=0.3),
-               "excited": Controller(value, step_size=0.0, excitation=0.3),
+               "excited": Controller(value, excitation=0.3),
                "budget": replace(control, max_kl=0.1)}.get(kind, control)
     sampler = Sampler(model, n, max(map(len, rows)) + 16, 16, Decoding(), control, record=True,
                       report=kind != "not reported")

@@ -24,10 +24,15 @@ from value import sentiment
 
 TOY = ROOT / "tests" / "toy"
 HH = SHARED / "hh-rlhf" / "harmless-base-test.jsonl.gz"
-TRAIN = ["--model", str(TOY), "--rollouts", "64", "--held-out", "32", "--epochs", "1",
-         "--tokens", "8", "--device", "cpu"]
+FEW = ["--model", str(TOY), "--rollouts", "64", "--held-out", "32", "--tokens", "8", "--device", "cpu"]
+TRAIN = [*FEW, "--epochs", "1"]
 SAMPLE = ["--model", str(TOY), "--samples", "2", "--tokens", "8", "--device", "cpu"]
 STRONG = ["--step-size", "2000"]       # V of 64 rollouts knows little; this changes the texts anyway
+
+
+def how(method):
+    """Options of a short training by that method."""
+    return [*(TRAIN if "epochs" in train_value.METHODS[method] else FEW), "--method", method]
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +84,7 @@ def test_states_that_do_not_fit_are_read_again(method, rounds, here, capsys):
     """With hardly any memory for them the same net is trained, to rounding."""
     nets, words = [], "read again from the tokens"
     for memory in ("1", "0.0007"):
-        train_value.main([*TRAIN, "--method", method, "--rounds", rounds, "--batch", "32",
+        train_value.main([*how(method), "--rounds", rounds, "--batch", "32",
                           "--max-memory", memory])
         assert (words in capsys.readouterr().out) == (memory == "0.0007")
         nets.append(dict(model_module.read_safetensors("out/value.safetensors")))
@@ -89,16 +94,16 @@ def test_states_that_do_not_fit_are_read_again(method, rounds, here, capsys):
 
 @pytest.mark.parametrize("method", train_value.METHODS)
 def test_every_method_trains_and_steers(method, here, capsys):
-    train_value.main([*TRAIN, "--method", method, "--reward", "sentiment"])
+    train_value.main([*how(method), "--reward", "sentiment"])
     sample.main([*SAMPLE])
     assert f"method {method}, reward sentiment" in capsys.readouterr().out
-    train_value.main([*TRAIN, "--method", method, "--dtype", "bfloat16"])      # states and psi in bfloat16 too
+    train_value.main([*how(method), "--dtype", "bfloat16"])    # states and psi in bfloat16 too
     state = dict(model_module.read_safetensors("out/value.safetensors"))
     raw = torch.equal(state["mean"], torch.zeros(64)) and torch.equal(state["std"], torch.ones(64))
     assert raw == (method == "paper")
     info = json.loads(model_module.read_header("out/value.safetensors")[1]["nanocontrol"])
     settings = train_value.METHODS[method]
-    given = {"epochs": int(TRAIN[TRAIN.index("--epochs") + 1])} if "epochs" in settings else {}
+    given = {"epochs": 1} if "epochs" in settings else {}
     assert {**settings, **given, "tokens": 8, "rollouts": 64, "seed": 0}.items() <= info.items()
 
 
@@ -336,6 +341,8 @@ REFUSED_BY_SAMPLE = {
     "method unknown": (["--method", "best"], "--method"),
     "no candidates": (["--candidates", "0"], "--candidates"),
     "target, guided": (["--method", "guided", "--target", "0.5"], "--target"),
+    "steps, guided": (["--method", "guided", "--steps", "3"], "--steps"),
+    "radius, no control": (["--method", "base", "--radius", "3"], "--radius"),
     "target, no draw": (["--temperature", "0", "--target", "0.5"], "--temperature 0"),
     "best of none": (["--best-of", "0"], "--best-of"),
     "judge unknown": (["--by", "taste"], "--by"),
@@ -361,6 +368,8 @@ REFUSED_BY_TRAIN_VALUE = {
     "rate infinite": (["--rate", "inf"], "--rate"),
     "rate at which V diverges": (["--rate", "1e5", "--epochs", "3"], "--rate"),
     "method unknown": (["--method", "best"], "--method"),
+    "ridge of a net": (["--ridge", "5"], "--method q has no --ridge"),
+    "width of a direction": (["--method", "static", "--width", "7"], "no --width"),
     "out below a file": (["--out", "file/value.safetensors"], "file/value.safetensors"),
     "out a directory": (["--out", "folder"], "folder"),
 }
