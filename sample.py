@@ -286,7 +286,7 @@ def load(args):
     if not texts and own.is_file():
         texts = read_prompts(own)
     if args.dialogue:
-        texts = [f"\n\nHuman: {text}\n\nAssistant:" for text in texts]
+        texts = [text if text.startswith("\n\nHuman:") else f"\n\nHuman: {text}\n\nAssistant:" for text in texts]
     if texts:
         texts, prompts = encode_prompts(model, encoder, texts, args.tokens)
     else:
@@ -327,8 +327,8 @@ def check_writable(path):
         probe = Path(f"{path}.{os.getpid()}.part")
         probe.touch()
         probe.unlink()
-        if Path(path).is_dir():
-            raise IsADirectoryError(0, "is a directory")
+        if Path(path).exists() and not Path(path).is_file():
+            raise OSError(0, "is no regular file")             # a directory, a device
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); choose another file") from None
 
@@ -378,7 +378,7 @@ def parse_args(argv):
         raise InputError(f"--temperature {args.temperature:g}: choose 0 (most probable token) or 0.001 up")
     if args.target < math.inf and args.temperature == 0:
         raise InputError("--target: of the draw on average, and --temperature 0 draws none; leave it out")
-    if args.method == "guided" and min(args.target, args.max_kl) < math.inf:
+    if args.method != "control" and min(args.target, args.max_kl) < math.inf:
         raise InputError("--target and --max-kl: of --method control only; leave them out")
     if args.method != "control" and (args.steps > 1 or args.radius is not None):
         raise InputError("--steps and --radius: of --method control only; leave them out")
@@ -389,9 +389,12 @@ def weighted(text):
     """An argparse type: "FILE" or "FILE:WEIGHT" -> (file, weight)."""
     file, colon, weight = text.rpartition(":")
     try:
-        return (file, float(weight)) if file else (text, 1.0)
+        weight = float(weight) if file else 1.0
     except ValueError:
         return text, 1.0
+    if not math.isfinite(weight):
+        raise argparse.ArgumentTypeError(f"{text}: no such weight")
+    return file or text, weight
 
 
 def load_values(args, model):
@@ -402,7 +405,8 @@ def load_values(args, model):
     values, rewards = [ValueNet.load(file, model) for file in files], []
     wanted = {"reward": str, "method": str, "step_size": float, "radius": float}
     for file, weight, value in zip(files, weights, values):
-        if missing := [key for key, kind in wanted.items() if type(value.info.get(key)) is not kind]:
+        if missing := [key for key, kind in wanted.items()
+                       if type(value.info.get(key)) is not kind or value.info[key] != value.info[key]]:     # NaN
             raise InputError(f"{file}: does not say its {', '.join(missing)}; train it again")
         rewards.append(load_reward(args.reward or value.info["reward"], args.device))
         print(f"{file}: weight {weight:g}, method {value.info['method']}, reward {value.info['reward']}")
@@ -509,6 +513,8 @@ def progress(label):
 def run(main):
     """Run a script: InputError is one line and exit code 2, an interrupt exit code 130."""
     clear = "\033[K" * sys.stderr.isatty()                     # of a progress line
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")               # a terminal that has not all characters
     try:
         main()
     except (InputError, OSError) as error:                     # OSError: a disk that is full or forbidden

@@ -181,7 +181,11 @@ def fit_static(rollout, rewards, ridge, first=False):
         centred = x(rows) - mean
         gram, moment = gram + centred.T @ centred, moment + centred.T @ outcome[rows][mask[rows]]
     gram.diagonal().add_(ridge * gram.diag().mean())
-    w = torch.linalg.solve(gram, moment)
+    try:
+        w = torch.linalg.solve(gram, moment)
+    except torch.linalg.LinAlgError:
+        raise InputError("the states do not differ: no direction fits them; give more prompts, or a larger "
+                         "--ridge") from None
     value = line(value, w)
     value.b2.data.fill_(rewards.mean())
     return value

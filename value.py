@@ -146,6 +146,8 @@ class ValueNet(nn.Module):
             info = json.loads(read_header(path)[1]["nanocontrol"])
             value = cls(info["n_embd"], info["width"], info["lift"])
             value.load_state_dict(dict(read_safetensors(path)))
+            if not all(tensor.isfinite().all() for tensor in value.state_dict().values()):
+                raise ValueError("not finite")
         except FileNotFoundError:
             raise InputError(f"{path}: no such value net; train one with train_value.py") from None
         except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -401,7 +403,7 @@ def load_reward(name, device="cpu"):
         if not callable(getattr(module, function)):
             raise TypeError(f"{function} is not a function")
         return checked(getattr(module, function), name)
-    except Exception as error:      # the user's file may raise anything
+    except (Exception, SystemExit) as error:                   # the user's file may raise anything
         raise InputError(f"--reward {name}: cannot be loaded "
                          f"({type(error).__name__}: {error}); mend the file") from None
 
@@ -412,7 +414,7 @@ def checked(reward, name):
         """texts -> as many finite floats"""
         try:
             result = [float(score) for score in reward(texts)]
-        except Exception as error:  # the user's function may raise anything
+        except (Exception, SystemExit) as error:               # the user's function may raise anything
             raise InputError(f"--reward {name}: raised {type(error).__name__}: {error}; "
                              f"mend the file") from None
         if len(result) != len(texts):

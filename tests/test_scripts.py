@@ -19,8 +19,9 @@ import model as model_module
 import sample
 import train_value
 from conftest import ROOT
+from model import InputError
 from test_model import SHARED, write_checkpoint
-from value import sentiment
+from value import sentiment, write_safetensors
 
 TOY = ROOT / "tests" / "toy"
 HH = SHARED / "hh-rlhf" / "harmless-base-test.jsonl.gz"
@@ -292,6 +293,7 @@ BROKEN = """
 def nan(texts): return [float("nan")] * len(texts)
 def short(texts): return [0.0]
 def raises(texts): raise RuntimeError("first line\\nsecond line")
+def leaves(texts): raise SystemExit(0)
 """
 REFUSED = {      # what is wrong -> arguments of both scripts, a word of the message
     "no model": (["--model", "absent"], "absent"),
@@ -313,6 +315,7 @@ REFUSED = {      # what is wrong -> arguments of both scripts, a word of the mes
     "reward nan": (["--reward", "broken.py:nan"], "nan"),
     "reward too short": (["--reward", "broken.py:short"], "returned 1 scores"),
     "reward raises": (["--reward", "broken.py:raises"], "RuntimeError"),
+    "reward leaves": (["--reward", "broken.py:leaves"], "SystemExit"),
     "no tokens": (["--tokens", "0"], "--tokens"),
     "tokens no number": (["--tokens", "many"], "--tokens"),
     "no batch": (["--batch", "0"], "--batch"),
@@ -342,6 +345,8 @@ REFUSED_BY_SAMPLE = {
     "no candidates": (["--candidates", "0"], "--candidates"),
     "target, guided": (["--method", "guided", "--target", "0.5"], "--target"),
     "steps, guided": (["--method", "guided", "--steps", "3"], "--steps"),
+    "budget, no control": (["--method", "base", "--max-kl", "1"], "--max-kl"),
+    "weight nan": (["--value", "out/value.safetensors:nan"], "nan"),
     "radius, no control": (["--method", "base", "--radius", "3"], "--radius"),
     "target, no draw": (["--temperature", "0", "--target", "0.5"], "--temperature 0"),
     "best of none": (["--best-of", "0"], "--best-of"),
@@ -503,6 +508,38 @@ def test_an_interrupt_leaves_the_old_json(here, monkeypatch):
     with pytest.raises(SystemExit) as ended:
         sample.run(lambda: sample.main([*SAMPLE, "--json", "texts.json"]))
     assert ended.value.code == 130 and files(here) == before
+
+
+def test_a_terminal_without_all_characters(trained, here):
+    argv = [sys.executable, str(ROOT / "sample.py"), *SAMPLE, "--prompt", "the caf\u00e9"]
+    ended = subprocess.run(argv, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert ended.returncode == 0 and b"the caf?" in ended.stdout
+
+
+def test_a_pipe_is_no_file_to_write(here):
+    os.mkfifo("pipe")
+    with pytest.raises(InputError, match="pipe: .* no regular file"):
+        sample.check_writable("pipe")
+
+
+def test_dialogues_are_not_wrapped_again(here):
+    args = sample.parse_args(["--model", str(TOY), "--tokens", "2", "--device", "cpu", "--dialogue", "--prompt", "warm",
+                              "--prompt", "\n\nHuman: the\n\nAssistant:"])
+    assert sample.load(args)[2] == ["\n\nHuman: warm\n\nAssistant:", "\n\nHuman: the\n\nAssistant:"]
+
+
+def test_one_prompt_has_no_static_direction(here):
+    with pytest.raises(InputError, match="more prompts"):
+        train_value.main([*how("static-h0"), "--prompt", "the"])
+
+
+def test_a_value_net_of_nan_is_refused(trained, here):
+    state = dict(model_module.read_safetensors("out/value.safetensors"))
+    state["w2"] = state["w2"] * math.nan
+    metadata = model_module.read_header("out/value.safetensors")[1]
+    write_safetensors("nan.safetensors", state, metadata)
+    with pytest.raises(InputError, match="nan.safetensors"):
+        sample.main([*SAMPLE, "--value", "nan.safetensors"])
 
 
 def test_a_reward_that_does_not_vary_is_refused(here):
