@@ -97,8 +97,8 @@ def kl_ball(logits, delta, max_kl, iterations=10):
 
     KL(s) = s E_s[delta] - log E_0[exp(s delta)] starts as s^2 Var_0(delta) / 2 and grows with slope
     s Var_s(delta): its root is close to linear, and Newton on it lands in a few steps. A bracket
-    keeps it safe. It aims one percent low, so that the best s found lies inside the budget. (Where one token has
-    all but e^-15 of the probability and delta is huge, ten iterations may end at a far smaller s.)
+    keeps it safe. It aims one percent low, so that the best s found lies inside the budget. (Where one
+    token has all but e^-15 of the probability and delta is huge, ten iterations may end far below.)
     """
     log_p = logits.log_softmax(-1).clamp(min=-1e30)            # finite, so that 0 * log 0 = 0
     delta = delta - (log_p.exp() * delta).sum(-1, keepdim=True)
@@ -148,7 +148,7 @@ class Controller:
     radius: float = 10.0          # far out: the budget in nats is what bounds a step
     max_kl: float = math.inf      # nats a token
     target: float = math.inf      # of V: no more control than reaches it, see target_ball
-    excitation: float = 0.0       # if above 0, a random control instead: its standard deviation in x, at most
+    excitation: float = 0.0       # above 0: a random control instead, of standard deviations up to it, in x
 
     def climb(self, hidden, R):
         """hidden (B, n_embd) -> e (B, k), see `climb`."""

@@ -232,7 +232,8 @@ class Parser(argparse.ArgumentParser):
         add("--prompts", metavar="FILE", help="one prompt a line, or HH-RLHF's .jsonl(.gz) "
                                               "(default: prompts.txt in the model's directory; none: "
                                               "texts from their beginning on)")
-        add("--dialogue", action="store_true", help="each prompt is what a human says to an assistant")
+        add("--dialogue", action="store_true", help="each prompt is what a human says to an assistant, "
+                                                          "or a dialogue already")
         add("--tokens", type=count, default=32, help="tokens drawn a text, at most")
         add("--seed", type=number(int, 0, 2 ** 62), default=seed, help="of the draws: same seed, same texts")
         add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1, cpu")
@@ -286,7 +287,8 @@ def load(args):
     if not texts and own.is_file():
         texts = read_prompts(own)
     if args.dialogue:
-        texts = [text if text.startswith("\n\nHuman:") else f"\n\nHuman: {text}\n\nAssistant:" for text in texts]
+        texts = [text if text.startswith("\n\nHuman:") else f"\n\nHuman: {text}\n\nAssistant:"
+                 for text in texts]
     if texts:
         texts, prompts = encode_prompts(model, encoder, texts, args.tokens)
     else:
@@ -378,10 +380,9 @@ def parse_args(argv):
         raise InputError(f"--temperature {args.temperature:g}: choose 0 (most probable token) or 0.001 up")
     if args.target < math.inf and args.temperature == 0:
         raise InputError("--target: of the draw on average, and --temperature 0 draws none; leave it out")
-    if args.method != "control" and min(args.target, args.max_kl) < math.inf:
-        raise InputError("--target and --max-kl: of --method control only; leave them out")
-    if args.method != "control" and (args.steps > 1 or args.radius is not None):
-        raise InputError("--steps and --radius: of --method control only; leave them out")
+    shaped = args.steps > 1 or args.radius is not None or min(args.target, args.max_kl) < math.inf
+    if args.method != "control" and shaped:
+        raise InputError("--steps, --radius, --target and --max-kl: of --method control only; leave them out")
     return args
 
 
@@ -405,8 +406,8 @@ def load_values(args, model):
     values, rewards = [ValueNet.load(file, model) for file in files], []
     wanted = {"reward": str, "method": str, "step_size": float, "radius": float}
     for file, weight, value in zip(files, weights, values):
-        if missing := [key for key, kind in wanted.items()
-                       if type(value.info.get(key)) is not kind or value.info[key] != value.info[key]]:     # NaN
+        said = {key: value.info.get(key) for key in wanted}
+        if missing := [key for key, x in said.items() if type(x) is not wanted[key] or x != x]:       # NaN
             raise InputError(f"{file}: does not say its {', '.join(missing)}; train it again")
         rewards.append(load_reward(args.reward or value.info["reward"], args.device))
         print(f"{file}: weight {weight:g}, method {value.info['method']}, reward {value.info['reward']}")

@@ -50,7 +50,7 @@ METHODS = {
 
 
 def ball(settings, radius=Controller.radius):
-    """The radius for a net of these settings: in raw coordinates, and for a static direction, there is no ball."""
+    """The radius for a net of these settings; raw coordinates and static directions have no ball."""
     return radius if settings.get("standardised") else math.inf
 
 
@@ -59,7 +59,7 @@ def train(model, rollout, rewards, seed=0, log=None, costs=None, **settings):
     Rollout of N texts and rewards (N,) -> a frozen ValueNet, by the settings of one of METHODS.
 
     `draws`: A is a "net" or a "line"; without it V itself is climbed. costs (N, T): see bellman_targets.
-    InputError if the loss grows beyond all bounds.
+    InputError if the loss grows beyond all bounds, or a static direction has no states that differ.
     """
     if "ridge" in settings:
         return fit_static(rollout, rewards, **settings).requires_grad_(False)
@@ -184,8 +184,8 @@ def fit_static(rollout, rewards, ridge, first=False):
     try:
         w = torch.linalg.solve(gram, moment)
     except torch.linalg.LinAlgError:
-        raise InputError("the states do not differ: no direction fits them; give more prompts, or a larger "
-                         "--ridge") from None
+        raise InputError("the states do not differ: no direction fits them; give more prompts, or a "
+                         "--ridge above 0") from None
     value = line(value, w)
     value.b2.data.fill_(rewards.mean())
     return value
@@ -199,7 +199,8 @@ def line(value, w):
     return net
 
 
-def improve(model, control, rollout, rewards, first, nats, settings, radius=Controller.radius, seed=0, log=None):
+def improve(model, control, rollout, rewards, first, nats, settings, radius=Controller.radius, seed=0,
+            log=None):
     """
     A round of soft policy iteration: `control` and texts drawn under it -> the next Controller.
 
@@ -297,7 +298,8 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     settings = {name for method in METHODS.values() for name in method}
     if foreign := vars(args).keys() & settings - METHODS[args.method].keys():
-        raise InputError(f"--method {args.method} has no --{' and no --'.join(sorted(foreign))}; leave it out")
+        names = " and no --".join(sorted(foreign))
+        raise InputError(f"--method {args.method} has no --{names}; leave it out")
     for name, setting in METHODS[args.method].items():
         setattr(args, name, getattr(args, name, setting))
     return args
@@ -368,9 +370,9 @@ def main(argv=None):
                temperature=1.0, seed=args.seed, excitation=args.excitation, nats=args.nats,
                step_size=control.step_size, radius=control.radius)
     times = ", ".join(f"{what} {seconds:.0f} s" for what, seconds in spent.items())
-    print(f"\n{args.out}: {sum(p.numel() for p in value.parameters()):,} parameters trained; {times}, peak memory "
-          f"{peak_memory(model.wte.weight.device):.0f} MiB; a step of {control.step_size:.2f} costs about "
-          f"{args.nats:g} nats a text")
+    print(f"\n{args.out}: {sum(p.numel() for p in value.parameters()):,} parameters trained; {times}, peak "
+          f"memory {peak_memory(model.wte.weight.device):.0f} MiB; a step of {control.step_size:.2f} costs "
+          f"about {args.nats:g} nats a text")
     few = min(max(len(prompts), 2), 4)
     pairs = {label: rolled(few, args.seed + 2, label, control=how)
              for label, how in (("uncontrolled", None), ("controlled", control))}

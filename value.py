@@ -34,7 +34,7 @@ so the forecast is made from V(h_t) and the reward of the text up to there (`adv
 
 Deviations from the paper: TD(lambda) instead of one step; A beside V, fitted to the draws, where these are
 white (`whitening`); standardised states. `train_value.py --method paper` switches all off, and the ball;
-what stays: a small tanh net with weight decay, targets without gradient, one step of control by default.
+what stays even so: a small tanh net with weight decay, targets without gradient, one step of control.
 But: V reads one state, not the text; what the state does not hold, V cannot know.
 """
 import hashlib

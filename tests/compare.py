@@ -57,7 +57,7 @@ def parse_args(argv):
     add("--kl", default="0.1,0.3,0.8,2", help="budgets aimed at, nats a text")
     add("--radius", type=sample.number(float, 0, math.inf), default=Controller.radius,
         help="of the ball; raw states have none")
-    add("--steps", type=sample.count, default=1, help="of gradient ascent a token, each of the step in the table")
+    add("--steps", type=sample.count, default=1, help="of gradient ascent a token, each as the table says")
     add("--settings", metavar="FILE", help="of training, from tests/tune.py (default: train_value.py's)")
     add("--check", metavar="NAME", help="another reward to print beside, which nothing is trained on")
     add("--methods", default=",".join(METHODS), help="which of " + ", ".join(METHODS))

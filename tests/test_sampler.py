@@ -198,7 +198,7 @@ def test_what_u_adds_to_the_logits(model, net, temperature, max_kl):
 
 
 def test_a_controller_of_ones_own_is_the_one_that_steers(model, rows):
-    """Though V has fewer units than the state has numbers, so that W u could be found without asking for u."""
+    """Though V has fewer units than the state has numbers: W u could be found without asking for u."""
     class Idle(Controller):
         def __call__(self, hidden):
             return torch.zeros_like(hidden)
@@ -417,7 +417,7 @@ def test_temperature_0_is_the_argmax_loop(model, rows, controlled):
 
 @pytest.mark.parametrize("how", HOWS)
 def test_graphs_of_longer_spans_draw_the_same(model, rows, how, monkeypatch):
-    """Which graph a GPU replays, and what is left behind by making one, with graphs that take the eager step."""
+    """Which graph a GPU replays, and what making one leaves behind, with graphs that take the eager step."""
     replays = []
 
     class Graph:
@@ -428,7 +428,8 @@ def test_graphs_of_longer_spans_draw_the_same(model, rows, how, monkeypatch):
 
     @contextlib.contextmanager
     def recording(graph, pool, stream):
-        buffers = [sampler.t, sampler.alive, sampler.hidden, sampler.cache.lengths, *vars(sampler.out).values()]
+        buffers = [sampler.t, sampler.alive, sampler.hidden, sampler.cache.lengths]
+        buffers += vars(sampler.out).values()
         before = [buffer.clone() for buffer in buffers]
         yield
         graph.span = sampler.cache.span
@@ -527,8 +528,8 @@ def test_a_step_stays_on_its_device(kind, decoding, report):
     with OnOneDevice(), torch.no_grad():
         sampler.step()
     for mistake, error, what in (
-            (lambda hidden: hidden * (2 if hidden.sum() > 0 else 1), RuntimeError, "meta tensors"),      # a read
-            (lambda hidden: hidden + torch.ones(()), AssertionError, "aten")):           # a number from the host
+            (lambda hidden: hidden * (2 if hidden.sum() > 0 else 1), RuntimeError, "meta tensors"),   # a read
+            (lambda hidden: hidden + torch.ones(()), AssertionError, "aten")):        # a number from the host
         model.ln_f.forward = mistake
         with OnOneDevice(), torch.no_grad(), pytest.raises(error, match=what):
             sampler.step()

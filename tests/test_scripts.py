@@ -523,8 +523,8 @@ def test_a_pipe_is_no_file_to_write(here):
 
 
 def test_dialogues_are_not_wrapped_again(here):
-    args = sample.parse_args(["--model", str(TOY), "--tokens", "2", "--device", "cpu", "--dialogue", "--prompt", "warm",
-                              "--prompt", "\n\nHuman: the\n\nAssistant:"])
+    args = sample.parse_args(["--model", str(TOY), "--tokens", "2", "--device", "cpu", "--dialogue",
+                              "--prompt", "warm", "--prompt", "\n\nHuman: the\n\nAssistant:"])
     assert sample.load(args)[2] == ["\n\nHuman: warm\n\nAssistant:", "\n\nHuman: the\n\nAssistant:"]
 
 
