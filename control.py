@@ -100,20 +100,24 @@ def kl_ball(logits, delta, max_kl, iterations=10):
     keeps it safe. It aims one percent low, so that the best s found lies inside the budget. (Where one
     token has all but e^-15 of the probability and delta is huge, ten iterations may end far below.)
     """
-    log_p = logits.log_softmax(-1).clamp(min=-1e30)            # finite, so that 0 * log 0 = 0
-    delta = delta - (log_p.exp() * delta).sum(-1, keepdim=True)
-    square = delta ** 2
-    s = (2 * max_kl / (log_p.exp() * square).sum(-1).clamp(min=1e-30)).sqrt().clamp(max=1)
-    low, high = torch.zeros_like(s), torch.ones_like(s)
-    q, log_q = torch.empty_like(log_p), torch.empty_like(log_p)            # room for every iteration
+    log_p = logits.log_softmax(-1).clamp_(min=-1e30)           # finite, so that 0 * log 0 = 0
+    q = log_p.exp()
+    room = q * delta                                           # of the vocabulary's size: for every iteration
+    delta = delta - room.sum(-1, keepdim=True)
+    variance = torch.mul(q, delta, out=room).mul_(delta).sum(-1)
+    s = (2 * max_kl / variance.clamp(min=1e-30)).sqrt().clamp(max=1)
+    low, high, done = torch.zeros_like(s), torch.ones_like(s), s < 0
     for _ in range(iterations):
-        torch.log_softmax(torch.addcmul(log_p, s[:, None], delta, out=q), -1, out=log_q)
-        torch.exp(log_q, out=q)
-        kl = log_q.sub_(log_p).mul_(q).sum(-1)
-        mean = torch.mul(q, delta, out=log_q).sum(-1)
-        variance = torch.mul(q, square, out=log_q).sum(-1) - mean ** 2
+        torch.log_softmax(torch.addcmul(log_p, s[:, None], delta, out=q), -1, out=room)
+        torch.exp(room, out=q)
+        kl = room.sub_(log_p).mul_(q).sum(-1)
+        mean = torch.mul(q, delta, out=room).sum(-1)
+        variance = room.mul_(delta).sum(-1) - mean ** 2
         inside = kl <= max_kl
-        low, high = torch.where(inside, s, low), torch.where(inside, high, s)
+        low, high = torch.where(inside & ~done, s, low), torch.where(inside, high, s)
+        done |= inside & ((kl >= 0.98 * max_kl) | (s == 1))
+        if s.is_cpu and done.all():                            # of a GPU the host does not ask
+            break
         root = kl.clamp(min=0).sqrt()
         newton = s - (root - math.sqrt(0.99 * max_kl)) * 2 * root / (s * variance).clamp(min=1e-30)
         newton = newton.clamp(max=1)
@@ -127,10 +131,12 @@ def target_ball(logits, delta, worth, rise, iterations=12):
     E_s[worth] - E_0[worth] <= rise under p_s = softmax(logits + s delta), found by bisection: for one step
     delta is a multiple of worth, and E_s[worth] grows with s. (For several it need not: then some such s.)
     """
-    def expected(s):
-        return torch.linalg.vecdot((logits + s[:, None] * delta).softmax(-1), worth)
+    low, high, room = torch.zeros_like(rise), torch.ones_like(rise), torch.empty_like(logits)
 
-    low, high = torch.zeros_like(rise), torch.ones_like(rise)
+    def expected(s):
+        torch.softmax(torch.addcmul(logits, s[:, None], delta, out=room), -1, out=room)
+        return room.mul_(worth).sum(-1)
+
     start, s = expected(low), high
     for _ in range(iterations + 1):
         inside = expected(s) - start <= rise
@@ -261,34 +267,38 @@ class Sampler:
             excited = getattr(self.control, "excitation", 0) > 0
             self.write(t, hidden=(h + u).to(h.dtype) if excited else h, psi=model.wte(token) - mean)
         if self.report:
-            self.measure(h, token, logits, kept, delta, moved)
+            self.measure(h, token, logits, kept, delta)
         self.alive.logical_and_(token != model.config.eos_token_id)
         self.hidden.copy_(model(token[:, None], self.cache)[:, 0])
         t.add_(1)
 
-    def measure(self, h, token, logits, kept, delta, moved):
-        """Write log p(y_t), KL = E_q[delta] - log E_p[exp(delta)], the values; probs, first q, becomes p."""
-        steered = self.control is not None
-        if steered:
-            value, worth = self.control.value(h), self.worth(h, delta)
-            kl = torch.linalg.vecdot(self.probs, delta) - log_normaliser(moved, self.probs)
-            after = value + torch.linalg.vecdot(self.probs, worth)
-        log_z = log_normaliser(logits, torch.softmax(logits, -1, out=self.probs))
+    def measure(self, h, token, logits, kept, delta):
+        """
+        Write log p(y_t) and, of a control, KL = E_q[delta] - log E_p[exp(delta)] and the values. Memory of
+        this size is slow to get: `probs`, first q, becomes q - p, `moved` p, and `delta` the worths.
+        """
+        q, p = self.probs, self.moved
+        if self.control is None:
+            log_z = log_normaliser(kept, q)
+        else:
+            log_z_q = log_normaliser(self.moved, q)
+            kl = torch.mul(q, delta, out=p).sum(-1) - log_z_q
+            log_z = log_normaliser(kept, torch.softmax(kept, -1, out=p))
+            value = self.control.value(h)
+            rise = self.worth(h, delta, out=delta).mul_(q.sub_(p)).sum(-1)
+            self.write(self.t, kl=kl + log_z, before=value, after=value + rise)
+        if kept is not logits:
+            log_z = log_normaliser(logits, torch.softmax(logits, -1, out=q))
         self.write(self.t, logp=logits.gather(1, token[:, None])[:, 0] - log_z)
-        if steered:
-            if kept is not logits:
-                log_z = log_normaliser(kept, torch.softmax(kept, -1, out=self.probs))
-            after = after - torch.linalg.vecdot(self.probs, worth)
-            self.write(self.t, kl=kl + log_z, before=value, after=after)
 
-    def worth(self, h, delta):
+    def worth(self, h, delta, out=None):
         """h (B, n_embd) -> the worth of drawing each token, dA/dx . std W[y] + constant (B, n_vocab)"""
         if isinstance(self.control, Guided):
-            return delta / (self.control.step_size or 1.0)
+            return torch.div(delta, self.control.step_size or 1.0, out=out)
         value, climbed = self.control.value, self.control.value.climbed
         if self.pushes is None:
-            return self.model.unembed(value.std * climbed.gradient(h))
-        return climbed.slope(climbed.preactivation(h)) @ self.R.T @ self.pushes
+            return self.model.unembed(value.std * climbed.gradient(h), out)
+        return torch.mm(climbed.slope(climbed.preactivation(h)) @ self.R.T, self.pushes, out=out)
 
     def steer(self, h, kept):
         """h (B, n_embd), kept logits (B, n_vocab) -> u (B, n_embd), what it adds to the logits; or None."""

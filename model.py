@@ -75,6 +75,16 @@ def onednn_linear(x, weight, bias=None, then="none"):
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, then, [], "tanh")
 
 
+@contextlib.contextmanager
+def without_onednn():
+    """In here products go to torch's own kernels, and to BLAS."""
+    enabled, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, False
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = enabled
+
+
 def give_back():
     """Hand freed memory back to the system, as glibc does only when asked."""
     with contextlib.suppress(AttributeError, OSError):
@@ -167,15 +177,19 @@ class GPT(nn.Module):
         """
         W = self.wte.weight
         hidden = hidden.to(W.dtype)
-        if self.packed:
+        if self.packed and W.dtype == torch.bfloat16 and hidden.numel() == W.size(1):
+            with without_onednn():                             # torch's own product of one row lays out nothing
+                logits = F.linear(hidden, W)
+        elif self.packed:
             out = torch.empty(*hidden.shape[:-1], len(W)) if out is None else out
             # In parts, as oneDNN lays out anew what it multiplies by: all of W would be much memory.
             for part, logits in zip(W.split(4096), out.split(4096, -1)):
                 logits.copy_(onednn_linear(hidden, part))
             return out
-        if out is not None and W.dtype == torch.float32:
+        elif out is not None and W.dtype == torch.float32:
             return torch.mm(hidden, W.T, out=out)
-        logits = F.linear(hidden, W)
+        else:
+            logits = F.linear(hidden, W)
         return logits.float() if out is None else out.copy_(logits)
 
     def pack(self):

@@ -208,6 +208,14 @@ def test_kl_ball_cuts_and_spares():
     assert (scales[0] == 1).all() and (scales[1] < 1).float().mean() > 0.5
 
 
+def test_kl_ball_of_a_row_is_its_own():
+    """However many iterations the rows beside it take."""
+    logits, delta = logits_and_delta(30, 1.0)
+    delta *= torch.logspace(-2, 2, 40)[:, None]
+    alone = torch.cat([kl_ball(*row, 0.1) for row in zip(logits.split(1), delta.split(1))])
+    assert torch.allclose(kl_ball(logits, delta, 0.1), alone, rtol=1e-5)
+
+
 @pytest.mark.parametrize("size", [1e-2, 1.0, 100.0])
 def test_no_budget(size):
     logits, delta = logits_and_delta(30, size)
