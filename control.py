@@ -39,7 +39,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from model import Cache, InputError, give_back
+from model import Cache, InputError, give_back, product
 from value import ValueNet
 
 
@@ -227,9 +227,9 @@ class Sampler:
         self.record, self.report, self.pushes = record, report, None
         if type(control) is Controller and not control.excitation:        # a subclass finds u its own way
             Q, self.R = span(control.value)
-            if len(self.R) < n_embd:                           # u = e @ directions, so W u = e @ pushes:
-                self.directions = control.value.std * Q.T      # a product of V's width, not of n_embd,
-                self.pushes = model.unembed(self.directions)   # with (k, n_vocab)
+            if len(self.R) < n_embd:                           # u = e @ directions, so W u = pushes e:
+                self.directions = control.value.std * Q.T      # a product of V's width, not of n_embd
+                self.pushes = model.unembed(self.directions).T.to(model.wte.weight.dtype).contiguous()
         self.cache = Cache(model, batch, size)
         # Made once: on a CPU the page faults of a fresh (B, n_vocab) cost more than the passes over it. With
         # nothing to report, the controlled logits and probs are written over the logits.
@@ -298,7 +298,7 @@ class Sampler:
         value, climbed = self.control.value, self.control.value.climbed
         if self.pushes is None:
             return self.model.unembed(value.std * climbed.gradient(h), out)
-        return torch.mm(climbed.slope(climbed.preactivation(h)) @ self.R.T, self.pushes, out=out)
+        return product(climbed.slope(climbed.preactivation(h)) @ self.R.T, self.pushes, out)
 
     def steer(self, h, kept):
         """h (B, n_embd), kept logits (B, n_vocab) -> u (B, n_embd), what it adds to the logits; or None."""
@@ -311,7 +311,7 @@ class Sampler:
             delta = self.model.unembed(u, self.delta)                    # a product of its own: h + u would
         else:                                                            # round u away
             e = self.control.climb(h, self.R)                            # (B, k)
-            u, delta = e @ self.directions, torch.mm(e, self.pushes, out=self.delta)
+            u, delta = e @ self.directions, product(e, self.pushes, self.delta)
         if self.decoding.temperature not in (0, 1):
             delta /= self.decoding.temperature
         if self.control.target < math.inf:

@@ -66,7 +66,8 @@ class Linear(nn.Linear):
     def forward(self, x, gelu=False):
         if self.blocks is not None:
             return onednn_linear(x, self.blocks, self.bias, "gelu" if gelu else "none")
-        y = super().forward(x)
+        with kernels_for(x):
+            y = super().forward(x)
         return F.gelu(y, approximate="tanh") if gelu else y
 
 
@@ -75,10 +76,20 @@ def onednn_linear(x, weight, bias=None, then="none"):
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, then, [], "tanh")
 
 
+def product(x, W, out=None):
+    """x (..., n), W (m, n) -> W x (..., m), in W's dtype, handed on as float32; into `out` (B, m) if there is one."""
+    x = x.to(W.dtype)
+    if out is not None and W.dtype == torch.float32:
+        return torch.mm(x, W.T, out=out)
+    return F.linear(x, W).float() if out is None else out.copy_(F.linear(x, W))
+
+
 @contextlib.contextmanager
-def without_onednn():
-    """In here products go to torch's own kernels, and to BLAS."""
-    enabled, torch.backends.mkldnn.enabled = torch.backends.mkldnn.enabled, False
+def kernels_for(x):
+    """In here products of one row in bfloat16 go to torch's own kernels: oneDNN lays out W anew even for one."""
+    enabled = torch.backends.mkldnn.enabled
+    if x.is_cpu and x.dtype == torch.bfloat16 and x.numel() == x.size(-1):
+        torch.backends.mkldnn.enabled = False
     try:
         yield
     finally:
@@ -176,31 +187,25 @@ class GPT(nn.Module):
         `out` (B, n_vocab) if there is one.
         """
         W = self.wte.weight
-        hidden = hidden.to(W.dtype)
-        if self.packed and W.dtype == torch.bfloat16 and hidden.numel() == W.size(1):
-            with without_onednn():                             # torch's own product of one row lays out nothing
-                logits = F.linear(hidden, W)
-        elif self.packed:
-            out = torch.empty(*hidden.shape[:-1], len(W)) if out is None else out
-            # In parts, as oneDNN lays out anew what it multiplies by: all of W would be much memory.
-            for part, logits in zip(W.split(4096), out.split(4096, -1)):
-                logits.copy_(onednn_linear(hidden, part))
-            return out
-        elif out is not None and W.dtype == torch.float32:
-            return torch.mm(hidden, W.T, out=out)
-        else:
-            logits = F.linear(hidden, W)
-        return logits.float() if out is None else out.copy_(logits)
+        if not self.packed or W.dtype == torch.bfloat16 and hidden.numel() == W.size(1):
+            with kernels_for(hidden.to(W.dtype)):
+                return product(hidden, W, out)
+        hidden, out = hidden.to(W.dtype), torch.empty(*hidden.shape[:-1], len(W)) if out is None else out
+        # In parts, as oneDNN lays out anew what it multiplies by: all of W would be much memory.
+        for part, logits in zip(W.split(4096), out.split(4096, -1)):
+            logits.copy_(onednn_linear(hidden, part))
+        return out
 
-    def pack(self):
+    def pack(self, batch=None):
         """
         -> self, frozen for good: on a CPU the weights of all layers are laid out anew, in the blocks that
         oneDNN reads. Otherwise it does so at every product, which at few rows takes as long as the product.
-        The embedding stays as it is, being looked up as well.
+        The embedding stays as it is, being looked up as well; so do all for a `batch` of 1 in bfloat16, which
+        torch's own kernels are better at.
         """
         W = self.wte.weight
-        if W.device.type == "cpu" and torch.backends.mkldnn.is_available() and not self.packed \
-                and (W.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        if W.is_cpu and torch.backends.mkldnn.is_available() and not self.packed and (
+                W.dtype == torch.float32 or batch != 1 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
             for module in self.modules():
                 if isinstance(module, Linear):
                     module.pack()

@@ -260,10 +260,10 @@ def number(kind, low, high):
 count = number(int, 1, 2 ** 31)
 
 
-def load(args):
+def load(args, samples=2 ** 31):
     """
     -> model, encoder, prompt texts, encoded prompts; says on which device. Sets in args what was left open:
-    batch, max_memory, and `spare`, the bytes of it beside the weights.
+    batch, no more than so many `samples` a prompt, max_memory, and `spare`, the bytes of it beside the weights.
     """
     try:
         device = torch.device(args.device)
@@ -296,8 +296,8 @@ def load(args):
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{args.model}: {parameters:,} parameters, frozen, {args.dtype} on {device}; {len(texts)} prompts")
     args.spare = args.max_memory * 2 ** 30 - sum(weight.nbytes for weight in model.parameters())       # bytes
-    args.batch = args.batch or fit_batch(model, prompts, args.tokens, args.spare / 2)
-    return model.pack(), encoder, texts, prompts
+    args.batch = min(args.batch or fit_batch(model, prompts, args.tokens, args.spare / 2), samples * len(prompts))
+    return model.pack(args.batch), encoder, texts, prompts
 
 
 def memory_of(device):
@@ -441,7 +441,7 @@ def main(argv=None):
     args = parse_args(argv)
     if args.json:
         check_writable(args.json)
-    model, encoder, texts, prompts = load(args)
+    model, encoder, texts, prompts = load(args, args.samples * args.best_of)
     n_vocab, eos = model.config.n_vocab, model.config.eos_token_id
     if args.top_k is not None and not 1 <= args.top_k <= n_vocab:
         raise InputError(f"--top-k {args.top_k}: choose 1 to {n_vocab}, the size of the vocabulary")

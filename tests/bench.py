@@ -24,10 +24,11 @@ medians of the rounds, ratios taken within a round. All is warm: buffers, graphs
             read once a step at the measured bandwidth of this memory (summing 1 GiB); arithmetic is free
     peak    memory `control` takes at most over weights + cache (a CPU's: resident, Python and torch not)
 """
+import multiprocessing
 import statistics
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -135,22 +136,40 @@ def needed(model, batch, slots):
     return model.wte.weight.itemsize * (weights + 2 * model.config.n_layer * batch * slots * model.config.n_embd)
 
 
-def peak(model, value, batch, n_tokens, bare):
-    """What `control` holds at most, over weights + cache; `bare` bytes were held without a model."""
-    prompts, uniforms = [[1] * PROMPT] * batch, uniform_table(batch, n_tokens, 0)
-    memory(model.wte.weight.device, since_now=True)
-    generate(model, prompts, uniforms, control=Controller(value), report=False)
-    return (memory(model.wte.weight.device) - bare) / needed(model, batch, PROMPT + n_tokens)
+def device_of(args):
+    """The device to measure, made the current one: graphs are captured there."""
+    device = torch.device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)
+    return device
 
 
-def make_rows(model, theirs, value, batch, n_tokens):
+def control_of(args):
+    """One step on a V and an A of random weights."""
+    torch.manual_seed(args.seed)
+    n_embd = SHAPES[args.model][1]
+    return Controller(ValueNet(n_embd, args.width, lift=args.width).to(args.device).requires_grad_(False))
+
+
+@torch.no_grad()
+def peak(args, batch):
+    """What `control` holds at most, over weights + cache. In a process that has held nothing else so far."""
+    device, dtype = device_of(args), getattr(torch, args.dtype)
+    prompts, uniforms = [[1] * PROMPT] * batch, uniform_table(batch, args.tokens, 0)
+    generate(random_model("tiny", device, dtype).pack(), prompts[:1], uniforms[:1, :2])       # loads libraries
+    bare, model = memory(device, since_now=True), random_model(args.model, device, dtype).pack(batch)
+    memory(device, since_now=True)
+    generate(model, prompts, uniforms, control=control_of(args), report=False)
+    return (memory(device) - bare) / needed(model, batch, PROMPT + args.tokens)
+
+
+def make_rows(model, theirs, control, batch, n_tokens):
     """{label: a function that draws the batch}"""
     prompts, uniforms = [[1] * PROMPT] * batch, uniform_table(batch, n_tokens, 0)
-    ways = {"plain": dict(report=False), "control": dict(control=Controller(value), report=False),
-            "30 steps": dict(control=Controller(value, steps=30), report=False),
-            "KL reported": dict(control=Controller(value)),
-            "kl_ball": dict(control=Controller(value, max_kl=0.01)),
-            "paper": dict(control=Paper(value), report=False)}
+    ways = {"plain": dict(report=False), "control": dict(control=control, report=False),
+            "30 steps": dict(control=replace(control, steps=30), report=False),
+            "KL reported": dict(control=control), "kl_ball": dict(control=replace(control, max_kl=0.01)),
+            "paper": dict(control=Paper(control.value), report=False)}
     samplers = {label: Sampler(model, batch, PROMPT + n_tokens, n_tokens, Decoding(), **how)
                 for label, how in ways.items()}
     rows = {label: partial(sampler.run, prompts, uniforms) for label, sampler in samplers.items()}
@@ -176,27 +195,19 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.model not in SHAPES:
         parser.error(f"--model takes {', '.join(SHAPES)}")
-    device, dtype = torch.device(args.device), getattr(torch, args.dtype)
-    if device.type == "cuda":
-        torch.cuda.set_device(device.index or 0)
-    speed = bandwidth(device)
-    peak(random_model("tiny", device, dtype).pack(), ValueNet(64, 8).to(device), 1, 2, 0)  # loads libraries
-    bare = memory(device, since_now=True)
-
-    def fresh():
-        torch.manual_seed(args.seed)
-        return random_model(args.model, device, dtype)
-
-    torch.manual_seed(args.seed)
-    value = ValueNet(SHAPES[args.model][1], args.width, lift=args.width).to(device).requires_grad_(False)
+    device, dtype = device_of(args), getattr(torch, args.dtype)
+    speed, batches = bandwidth(device), [int(batch) for batch in args.batches.split(",")]
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(f"{args.model}, {args.dtype}, {where}, {torch.get_num_threads()} threads, {speed / 1e9:.0f} GB/s, "
           f"{args.tokens} tokens, width {args.width}, torch {torch.__version__}")
-    peaks = {n: peak(fresh().pack(), value, n, args.tokens, bare) for n in map(int, args.batches.split(","))}
-    theirs = transformers_model(fresh())                       # its memory is not ours
-    model = fresh().pack()
-    for batch, share in peaks.items():
-        seconds = measure(make_rows(model, theirs, value, batch, args.tokens), args.rounds, device)
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as processes:
+        peaks = [processes.apply(peak, (args, batch)) for batch in batches]
+    torch.manual_seed(args.seed)
+    model = random_model(args.model, device, dtype)
+    theirs, control = transformers_model(model), control_of(args)
+    for batch, share in zip(batches, peaks):
+        model.pack(batch)
+        seconds = measure(make_rows(model, theirs, control, batch, args.tokens), args.rounds, device)
         print(f"\nbatch {batch:3d}, peak {share:.2f}{'ms':>14}{'tok/s':>9}{'cost':>7}{'hf':>7}{'floor':>7}")
         floor = needed(model, batch, PROMPT + args.tokens // 2) / speed
         for label, taken in seconds.items():

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from conftest import ROOT        # and the root on sys.path
-from model import GPT, Cache, Config, read_header
+from model import GPT, Cache, Config, kernels_for, read_header
 from value import fingerprint, write_safetensors
 
 GOLDEN = Path(__file__).with_name("golden.json")
@@ -154,6 +154,27 @@ def test_a_packed_model_is_the_same_model(dtype, error):
     for got in (packed.unembed(last), packed.unembed(last, out), out):
         assert got.dtype == torch.float32 and (got - logits).norm() < error * logits.norm()
     assert packed.unembed(hidden).shape == (2, 6, 20_000)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_one_row_in_bfloat16(packed):
+    """It goes by other kernels, which are chosen for as long as it takes; for it alone nothing is packed."""
+    torch.manual_seed(0)
+    exact = GPT(Config(5000, 24, 16, 2, 2, 64)).eval().requires_grad_(False)
+    model = copy.deepcopy(exact).to(torch.bfloat16).pack(2 if packed else 1)
+    before, tokens = torch.backends.mkldnn.enabled, torch.arange(6)[None]
+    cache, states, seen = Cache(model, 1, 6), [], []
+    assert packed or not model.packed
+    for t in range(6):
+        with kernels_for(states[-1] if states else torch.zeros(1, 2)):
+            seen.append(torch.backends.mkldnn.enabled)
+        states.append(model(tokens[:, t:t + 1], cache))
+    expected = exact(tokens)
+    logits, out = exact.unembed(expected)[0, -1:], torch.full((1, 5000), torch.nan)
+    assert (torch.cat(states, 1) - expected).norm() < 0.02 * expected.norm()
+    for got in (model.unembed(states[-1][0]), model.unembed(states[-1])[0], model.unembed(states[-1][0], out), out):
+        assert got.dtype == torch.float32 and (got - logits).norm() < 0.02 * logits.norm()
+    assert seen == [before] + 5 * [False] and torch.backends.mkldnn.enabled == before
 
 
 def test_ragged_batch_equals_its_rows_alone(model):
