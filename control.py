@@ -617,8 +617,8 @@ def dial_for(cost, nats):
             break
         low, high, guesses = (dial, high, guesses - 1) if spent < nats else (low, dial, guesses - 1)
         if low > 2 ** 30 or not math.isfinite(spent):
-            raise InputError(f"no control costs {nats} nats a text: V is flat or the radius too small; does "
-                             f"the reward vary?")
+            raise InputError(f"no control costs {nats} nats a text: V is flat or the radius too small; choose "
+                             f"fewer --nats, or a reward that varies more")
         guess = dial * min(max(nats / max(spent, 1e-30), 1e-3), 1e3) ** 0.5
         dial = guess if guesses > 0 and low < guess < high else min((low + high) / 2, 2 * dial)
     return dial

@@ -416,7 +416,8 @@ def load_values(args, model):
         """The weighted sum of the nets' own rewards."""
         scores = zip(*(reward(texts) for reward in rewards))
         return [sum(w * score for w, score in zip(weights, row)) for row in scores]
-    return (values[0] if weights == (1.0,) else ValueNet.sum(values, weights), [v.info for v in values],
+    return (values[0] if weights == (1.0,) else ValueNet.sum(values, weights),
+            [{**value.info, "weight": weight} for value, weight in zip(values, weights)],
             rewards[0] if args.reward or len(rewards) == 1 else reward)
 
 
@@ -429,7 +430,9 @@ def make_control(args, model, value, infos):
         print(f"value-guided decoding: {args.candidates} candidates a token, re-weighted by exp({scale:.3g} V)")
         return Guided(value, scale, min(args.candidates, model.config.n_vocab))
     radius = min(info["radius"] for info in infos) if args.radius is None else args.radius
-    saved = sum(info["step_size"] for info in infos) / len(infos)
+    # The root of KL is, to first order, a norm of u: so the sum costs no more than the dearest net by itself does
+    # at its own step.
+    saved = 1 / max(sum(abs(info["weight"]) / max(info["step_size"], 1e-9) for info in infos), 1e-9)
     step_size = args.sign * (saved if args.step_size is None else args.step_size) / args.steps
     print(f"control: {args.steps} step{'s' * (args.steps > 1)} of {step_size:.3g}, radius {radius:g}, at most "
           f"{args.max_kl:g} nats a token" + f", up to V = {args.target:g}" * (args.target < math.inf))
@@ -473,7 +476,8 @@ def main(argv=None):
     show(table)
     if args.json:
         asked = [texts[i % len(texts)] for i in range(samples)]
-        write_json(args.json, vars(args), asked, results, table)
+        settings = {name: setting for name, setting in vars(args).items() if name != "spare"}
+        write_json(args.json, settings, asked, results, table)
 
 
 def show_pairs(results, rows):

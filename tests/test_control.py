@@ -155,7 +155,7 @@ def test_step_for_kl_out_of_reach():
     with pytest.raises(InputError, match="radius"):
         step_for_kl(Head(30, 16), Controller(value, radius=1e-3), rollout, 5.0)
     value.w2.zero_()
-    with pytest.raises(InputError, match="does the reward vary"):
+    with pytest.raises(InputError, match="choose fewer --nats"):
         step_for_kl(Head(30, 16), Controller(value), rollout, 0.1)
 
 

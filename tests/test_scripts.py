@@ -137,6 +137,14 @@ def test_several_values_are_one_weighted_sum(here, capsys):
     assert texts(written("plain.json")) != texts(written("both.json"))
 
 
+@pytest.mark.parametrize("parts, share", [([2], 0.5), ([-0.25], 4), ([0.5, 0.5], 1), ([0.5, -0.5], 1)])
+def test_the_step_of_a_weighted_sum(here, parts, share, capsys):
+    """Twice V needs half the step; a sum costs no more than its parts at theirs, whatever their signs."""
+    saved = json.loads(model_module.read_header("out/value.safetensors")[1]["nanocontrol"])["step_size"]
+    sample.main([*SAMPLE, *(x for part in parts for x in ("--value", f"out/value.safetensors:{part}"))])
+    assert f"control: 1 step of {saved * share:.3g}, " in capsys.readouterr().out
+
+
 def test_a_target_below_every_value_is_no_control(here, capsys):
     sample.main([*SAMPLE, *STRONG, "--target", "-1000", "--json", "low.json"])
     run = written("low.json")
