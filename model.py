@@ -77,7 +77,7 @@ def onednn_linear(x, weight, bias=None, then="none"):
 
 
 def product(x, W, out=None):
-    """x (..., n), W (m, n) -> W x (..., m), in W's dtype, handed on as float32; into `out` (B, m) if there is one."""
+    """x (..., n), W (m, n) -> W x (..., m) in W's dtype, handed on as float32; into `out` (B, m), if given."""
     x = x.to(W.dtype)
     if out is not None and W.dtype == torch.float32:
         return torch.mm(x, W.T, out=out)

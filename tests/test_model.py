@@ -172,7 +172,8 @@ def test_one_row_in_bfloat16(packed):
     expected = exact(tokens)
     logits, out = exact.unembed(expected)[0, -1:], torch.full((1, 5000), torch.nan)
     assert (torch.cat(states, 1) - expected).norm() < 0.02 * expected.norm()
-    for got in (model.unembed(states[-1][0]), model.unembed(states[-1])[0], model.unembed(states[-1][0], out), out):
+    last = states[-1][0]                                                     # (1, 16)
+    for got in (model.unembed(last), model.unembed(last[None])[0], model.unembed(last, out), out):
         assert got.dtype == torch.float32 and (got - logits).norm() < 0.02 * logits.norm()
     assert seen == [before] + 5 * [False] and torch.backends.mkldnn.enabled == before
 
