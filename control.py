@@ -97,8 +97,9 @@ def kl_ball(logits, delta, max_kl, iterations=10):
 
     KL(s) = s E_s[delta] - log E_0[exp(s delta)] starts as s^2 Var_0(delta) / 2 and grows with slope
     s Var_s(delta): its root is close to linear, and Newton on it lands in a few steps. A bracket
-    keeps it safe. It aims one percent low, so that the best s found lies inside the budget. (Where one
-    token has all but e^-15 of the probability and delta is huge, ten iterations may end far below.)
+    keeps it safe. It aims one percent low; each row keeps the first s inside the budget and within 2% of
+    it. (Where one token has all but e^-15 of the probability and delta is huge, ten iterations may end far
+    below.)
     """
     log_p = logits.log_softmax(-1).clamp_(min=-1e30)           # finite, so that 0 * log 0 = 0
     q = log_p.exp()
@@ -617,8 +618,8 @@ def dial_for(cost, nats):
             break
         low, high, guesses = (dial, high, guesses - 1) if spent < nats else (low, dial, guesses - 1)
         if low > 2 ** 30 or not math.isfinite(spent):
-            raise InputError(f"no control costs {nats} nats a text: V is flat or the radius too small; choose "
-                             f"fewer --nats, or a reward that varies more")
+            raise InputError(f"no control costs {nats} nats a text: V is flat or the radius too small; "
+                             f"choose fewer --nats, or a reward that varies more")
         guess = dial * min(max(nats / max(spent, 1e-30), 1e-3), 1e3) ** 0.5
         dial = guess if guesses > 0 and low < guess < high else min((low + high) / 2, 2 * dial)
     return dial

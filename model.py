@@ -64,6 +64,7 @@ class Linear(nn.Linear):
         self.blocks, self.weight = torch.ops.mkldnn._reorder_linear_weight(self.weight, 16), None
 
     def forward(self, x, gelu=False):
+        """x (..., in) -> (..., out)"""
         if self.blocks is not None:
             return onednn_linear(x, self.blocks, self.bias, "gelu" if gelu else "none")
         with kernels_for(x):
@@ -77,18 +78,23 @@ def onednn_linear(x, weight, bias=None, then="none"):
 
 
 def product(x, W, out=None):
-    """x (..., n), W (m, n) -> W x (..., m) in W's dtype, handed on as float32; into `out` (B, m), if given."""
+    """x (.., n), W (m, n) -> W x (.., m) in W's dtype, handed on as float32; into `out` (B, m), if given."""
     x = x.to(W.dtype)
     if out is not None and W.dtype == torch.float32:
         return torch.mm(x, W.T, out=out)
     return F.linear(x, W).float() if out is None else out.copy_(F.linear(x, W))
 
 
+def alone(x):
+    """Whether x (..., n) is one row in bfloat16 on a CPU."""
+    return x.is_cpu and x.dtype == torch.bfloat16 and x.numel() == x.size(-1)
+
+
 @contextlib.contextmanager
 def kernels_for(x):
-    """In here products of one row in bfloat16 go to torch's own kernels: oneDNN lays out W anew even for one."""
+    """In here products of a row `alone` go to torch's own kernels: oneDNN lays out W anew even for one."""
     enabled = torch.backends.mkldnn.enabled
-    if x.is_cpu and x.dtype == torch.bfloat16 and x.numel() == x.size(-1):
+    if alone(x):
         torch.backends.mkldnn.enabled = False
     try:
         yield
@@ -187,10 +193,11 @@ class GPT(nn.Module):
         `out` (B, n_vocab) if there is one.
         """
         W = self.wte.weight
-        if not self.packed or W.dtype == torch.bfloat16 and hidden.numel() == W.size(1):
-            with kernels_for(hidden.to(W.dtype)):
+        hidden = hidden.to(W.dtype)
+        if not self.packed or alone(hidden):
+            with kernels_for(hidden):
                 return product(hidden, W, out)
-        hidden, out = hidden.to(W.dtype), torch.empty(*hidden.shape[:-1], len(W)) if out is None else out
+        out = torch.empty(*hidden.shape[:-1], len(W)) if out is None else out
         # In parts, as oneDNN lays out anew what it multiplies by: all of W would be much memory.
         for part, logits in zip(W.split(4096), out.split(4096, -1)):
             logits.copy_(onednn_linear(hidden, part))

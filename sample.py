@@ -233,7 +233,7 @@ class Parser(argparse.ArgumentParser):
                                               "(default: prompts.txt in the model's directory; none: "
                                               "texts from their beginning on)")
         add("--dialogue", action="store_true", help="each prompt is what a human says to an assistant, "
-                                                          "or a dialogue already")
+                                                        "or a dialogue already")
         add("--tokens", type=count, default=32, help="tokens drawn a text, at most")
         add("--seed", type=number(int, 0, 2 ** 62), default=seed, help="of the draws: same seed, same texts")
         add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1, cpu")
@@ -263,7 +263,7 @@ count = number(int, 1, 2 ** 31)
 def load(args, samples=2 ** 31):
     """
     -> model, encoder, prompt texts, encoded prompts; says on which device. Sets in args what was left open:
-    batch, no more than so many `samples` a prompt, max_memory, and `spare`, the bytes of it beside the weights.
+    batch (at most all texts, so many `samples` a prompt), max_memory, and `spare`, its bytes beside the weights.
     """
     try:
         device = torch.device(args.device)
@@ -296,7 +296,8 @@ def load(args, samples=2 ** 31):
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{args.model}: {parameters:,} parameters, frozen, {args.dtype} on {device}; {len(texts)} prompts")
     args.spare = args.max_memory * 2 ** 30 - sum(weight.nbytes for weight in model.parameters())       # bytes
-    args.batch = min(args.batch or fit_batch(model, prompts, args.tokens, args.spare / 2), samples * len(prompts))
+    batch = args.batch or fit_batch(model, prompts, args.tokens, args.spare / 2)
+    args.batch = min(batch, samples * len(prompts))
     return model.pack(args.batch), encoder, texts, prompts
 
 
@@ -430,8 +431,8 @@ def make_control(args, model, value, infos):
         print(f"value-guided decoding: {args.candidates} candidates a token, re-weighted by exp({scale:.3g} V)")
         return Guided(value, scale, min(args.candidates, model.config.n_vocab))
     radius = min(info["radius"] for info in infos) if args.radius is None else args.radius
-    # The root of KL is, to first order, a norm of u: so the sum costs no more than the dearest net by itself does
-    # at its own step.
+    # The root of KL is, to first order, a norm of u: so the sum costs no more than the dearest net by itself
+    # does at its own step.
     saved = 1 / max(sum(abs(info["weight"]) / max(info["step_size"], 1e-9) for info in infos), 1e-9)
     step_size = args.sign * (saved if args.step_size is None else args.step_size) / args.steps
     print(f"control: {args.steps} step{'s' * (args.steps > 1)} of {step_size:.3g}, radius {radius:g}, at most "

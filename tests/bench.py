@@ -156,7 +156,7 @@ def peak(args, batch):
     """What `control` holds at most, over weights + cache. In a process that has held nothing else so far."""
     device, dtype = device_of(args), getattr(torch, args.dtype)
     prompts, uniforms = [[1] * PROMPT] * batch, uniform_table(batch, args.tokens, 0)
-    generate(random_model("tiny", device, dtype).pack(), prompts[:1], uniforms[:1, :2])       # loads libraries
+    generate(random_model("tiny", device, dtype).pack(), prompts[:1], uniforms[:1, :2])    # loads libraries
     bare, model = memory(device, since_now=True), random_model(args.model, device, dtype).pack(batch)
     memory(device, since_now=True)
     generate(model, prompts, uniforms, control=control_of(args), report=False)
