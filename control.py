@@ -496,7 +496,7 @@ class Guided:
     candidates: int = 20
 
     def __call__(self, model, cache, hidden, logits):
-        """hidden (B, n_embd), its logits (B, n_vocab) and the cache before the draw -> what to add to them."""
+        """hidden (B, n_embd), logits (B, n_vocab) and the cache before the draw -> what to add to them."""
         _, tokens, gains = self.look_ahead(model, cache, hidden, logits)
         return torch.zeros_like(logits).scatter(1, tokens, self.step_size * gains)
 
@@ -595,13 +595,15 @@ def step_for_kl(model, control, rollout, nats, states=1024):
     real, length = rollout.mask.nonzero().cpu(), rollout.mask.sum().item() / len(rollout.mask)
     order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
     chosen = real[order[:states]]                              # (states, 2): row and t
-    hidden = torch.cat([rollout.states(part[:, 0])[torch.arange(len(part)), part[:, 1]]
-                        for part in chosen.split(64)])
-    log_p = model.unembed(hidden).log_softmax(-1)                          # (states, n_vocab)
+    hidden = [rollout.states(part[:, 0])[torch.arange(len(part)), part[:, 1]] for part in chosen.split(64)]
+    log_p = [model.unembed(h).log_softmax(-1) for h in hidden]             # each (64, n_vocab)
 
     def cost(step_size):
-        delta = model.unembed(replace(control, step_size=step_size)(hidden))
-        return kl_divergence((log_p + delta).log_softmax(-1), log_p).mean().item() * length
+        sized, total = replace(control, step_size=step_size), 0.0
+        for h, log_p_h in zip(hidden, log_p):
+            log_q = (log_p_h + model.unembed(sized(h))).log_softmax(-1)
+            total += kl_divergence(log_q, log_p_h).sum().item()
+        return total / len(chosen) * length
     return dial_for(cost, nats)
 
 

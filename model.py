@@ -140,6 +140,7 @@ class MLP(nn.Module):
         self.c_proj = Linear(config.n_inner, config.n_embd)
 
     def forward(self, x):
+        """x (B, T, n_embd) -> (B, T, n_embd)"""
         return self.c_proj(self.c_fc(x, gelu=True))
 
 
@@ -152,6 +153,7 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x, *attention_inputs):
+        """x (B, T, n_embd) -> (B, T, n_embd); the rest is Attention's."""
         x = x + self.attn(self.ln_1(x), *attention_inputs)
         return x + self.mlp(self.ln_2(x))
 
@@ -235,7 +237,7 @@ class Cache:
     A padded slot is masked until a real token overwrites it, so rows never see their neighbours.
 
     `span` is the host's bound on lengths.max(): attention reads that many slots, `reach`, not all; rounded up
-    to a multiple of 16, as a CPU compiles its bfloat16 products anew for every shape. There the slots that
+    to a multiple of 32, as a CPU compiles its bfloat16 products anew for every shape. There the slots that
     are read lie side by side, `room` a row, and move apart when they become more: a product would otherwise
     copy them every time. On a GPU nothing moves, its graphs know where all is.
     """
@@ -251,7 +253,7 @@ class Cache:
     @property
     def reach(self):
         """Slots that attention reads."""
-        return min(-(-self.span // 16) * 16, self.size)
+        return min(-(-self.span // 32) * 32, self.size)
 
     def clear(self):
         """Forget all tokens."""
@@ -264,10 +266,12 @@ class Cache:
         return flat[..., :batch * heads * room * d].unflatten(-1, (batch, heads, room, d))
 
     def make_room(self):
-        """Move the slots of all rows apart, for `reach` of them a row."""
+        """Move the slots of all rows apart, for `reach` of them a row: the last rows first, a few at a time."""
         if self.reach > self.room:
             for flat in self.pairs.flatten(0, 1):
-                self.slots(flat, self.reach)[:, :, :self.room] = self.slots(flat, self.room).clone()
+                near, apart = (self.slots(flat, room).split(4) for room in (self.room, self.reach))
+                for few, place in zip(reversed(near), reversed(apart)):
+                    place[:, :, :self.room] = few.clone()
             self.room = self.reach
 
     def store(self, layer, pairs, positions):
@@ -318,6 +322,7 @@ def load_weights(model, name, device, dtype, extra):
         off += [f"{key} twice"] * (key in state)
         if not key.endswith(IGNORED):
             state[key] = tensor.to(device, dtype).contiguous()
+    off += [f"{key} is not finite" for key, tensor in state.items() if not tensor.sum().isfinite()]
     head, extra = state.pop("lm_head.weight", None), {key: state.pop(key, None) for key in extra}
     off += [f"missing {key}" for key, tensor in extra.items() if tensor is None]
     if head is not None and not torch.equal(head, state.get("wte.weight", head)):
@@ -353,7 +358,7 @@ def parse_json(data):
             raise ValueError("a name is given twice")
         return dict(pairs)
     recognise(data)
-    parsed = json.loads(data.decode("utf-8"), object_pairs_hook=once, parse_constant=int)   # int("NaN") raises
+    parsed = json.loads(data.decode("utf-8"), object_pairs_hook=once, parse_constant=int)  # int("NaN") raises
     if not isinstance(parsed, dict):
         raise ValueError("no JSON object")
     return parsed
@@ -420,7 +425,8 @@ OFFLINE, TIMEOUT = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"), 30      # seconds
 def find(name, file, optional=False):
     """The path of a model's file, fetched if need be; None where a model lacks an optional one."""
     name, env = str(name), os.environ.get
-    home = Path(os.path.expanduser(env("HF_HOME") or Path(env("XDG_CACHE_HOME") or "~/.cache", "huggingface")))
+    home = env("HF_HOME") or Path(env("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    home = Path(os.path.expanduser(home))
     cache = Path(os.path.expanduser(env("HF_HUB_CACHE") or home / "hub"))
     aliases = [name] + [other for pair in PUBLIC.items() if name in pair for other in pair]
     folders = [cache / f"models--{alias.replace('/', '--')}" for alias in aliases]
@@ -434,25 +440,28 @@ def find(name, file, optional=False):
         try:
             if {str(env(flag)).lower() for flag in OFFLINE} & {"1", "on", "yes", "true"}:
                 raise ConnectionError(f"offline: unset {' and '.join(filter(env, OFFLINE))}")
-            token = "".join((env("HF_TOKEN") or text_of(Path(env("HF_TOKEN_PATH") or home / "token"))).split())
-            found = fetch(name, file, folders[0], env("HF_ENDPOINT") or "https://huggingface.co", token)
+            token = env("HF_TOKEN") or text_of(Path(env("HF_TOKEN_PATH") or home / "token"))
+            endpoint = env("HF_ENDPOINT") or "https://huggingface.co"
+            found = fetch(name, file, folders[0], endpoint, "".join(token.split()))
         except (OSError, ValueError, http.client.HTTPException) as error:
             network = (URLError, ConnectionError, TimeoutError, ValueError, http.client.HTTPException)
             mend = ("check the name, or set HF_TOKEN" if getattr(error, "code", 0) in (401, 403) else
                     "try again, or set HF_ENDPOINT to a mirror, or HF_HUB_CACHE to a cache that has it"
                     if isinstance(error, network) else "make room, or set HF_HUB_CACHE to another directory")
             if getattr(error, "code", 0) != 404:               # which says that there is no such file
-                raise InputError(f"{name}: no directory here, and {file} is not in {cache} nor can be fetched "
-                                 f"into it ({error}); {mend}") from None
+                raise InputError(f"{name}: no directory here, and {file} is not in {cache} nor can be "
+                                 f"fetched into it ({error}); {mend}") from None
     if not found and not optional:
-        raise InputError(f"{name}: has no {file}; a model is a config.json and a model.safetensors (no sharded "
-                         f"model.safetensors.index.json, no pickled pytorch_model.bin), here or on the hub")
+        raise InputError(f"{name}: has no {file}; a model is a config.json and a model.safetensors (no "
+                         f"sharded model.safetensors.index.json, no pickled pytorch_model.bin), here or on "
+                         f"the hub")
     return found
 
 
 def text_of(path):
     """The text of a small file, "" where there is none."""
-    return path.read_text(errors="replace").strip() if os.path.isfile(path) and os.access(path, os.R_OK) else ""
+    readable = os.path.isfile(path) and os.access(path, os.R_OK)
+    return path.read_text(errors="replace").strip() if readable else ""
 
 
 class Redirect(urllib.request.HTTPRedirectHandler):

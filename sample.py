@@ -63,21 +63,25 @@ def _dialogue(path, number, line):
                          f"mend or remove the line") from None
 
 
+def encode(encoder, text):
+    """A prompt or a prefix -> [token, ..]. "<|endoftext|>" is a token here."""
+    if text != text.encode(errors="ignore").decode():          # bytes of the command line, not text
+        raise InputError(f"the prompt {text!r} is not UTF-8; write it anew")
+    try:
+        return encoder.encode(text, allowed_special="all")
+    except ValueError as error:                                # of a million spaces, for one
+        raise InputError(f"the prompt {text[:40]!r} .. cannot be encoded ({error}); shorten it") from None
+
+
 def encode_prompts(model, encoder, texts, n_tokens):
     """
-    ["The movie", ..] -> those that fit, encoded [[bos, token, ..], ..]. "<|endoftext|>" is a token here.
+    ["The movie", ..] -> those that fit, encoded [[bos, token, ..], ..].
 
     A prompt that leaves no room for n_tokens more is left out with a warning; InputError if all are.
     """
     fit, prompts, room = [], [], model.config.n_positions - n_tokens
     for text in texts:
-        if text != text.encode(errors="ignore").decode():      # bytes of the command line, not text
-            raise InputError(f"the prompt {text!r} is not UTF-8; write it anew")
-        try:
-            tokens = encoder.encode(text, allowed_special="all")
-        except ValueError as error:                            # of a million spaces, for one
-            raise InputError(f"the prompt {text[:40]!r} .. cannot be encoded ({error}); shorten it") from None
-        if not tokens:
+        if not (tokens := encode(encoder, text)):
             raise InputError("an empty prompt; give at least one word")
         if len(tokens) < room:
             fit.append(text)
@@ -123,6 +127,11 @@ def score_beginnings(encoder, reward, prompts, rollout):
     return earned.to(rollout.mask.device)
 
 
+def in_turn(prompts, n):
+    """n prompts, one after the other and again from the first."""
+    return [prompts[i % len(prompts)] for i in range(n)]
+
+
 def roll_out(model, encoder, reward, prompts, samples, n_tokens, seed, prefix=(), best_of=1, by="reward",
              earned=False, **how):
     """
@@ -133,7 +142,7 @@ def roll_out(model, encoder, reward, prompts, samples, n_tokens, seed, prefix=()
     of the highest reward is kept, or by "value": of the highest V where its last token was drawn. Then kl
     is log(p_u / p) of what was drawn, p without the prefix, and at a text's first token that of the choice.
     """
-    prompts = [prompts[i % samples % len(prompts)] for i in range(samples * best_of)]
+    prompts = in_turn(prompts, samples) * best_of
     openings = [*map(tuple, prompts)]
     rollout = generate(model, [[*prompt[:1], *prefix, *prompt[1:]] for prompt in prompts],
                        uniform_table(len(prompts), n_tokens, seed), **how)
@@ -176,7 +185,7 @@ def distinct(rollout, n):
 
 
 def diversity(rollout):
-    """Mean over the texts of the product over n = 2, 3, 4 of distinct n-grams over all n-grams of the text."""
+    """Mean over texts of the product over n = 2, 3, 4 of a text's distinct n-grams over all its n-grams."""
     products = []
     for tokens, mask in zip(rollout.tokens.cpu(), rollout.mask.cpu()):
         row, product = tokens[mask].tolist(), 1.0
@@ -208,8 +217,8 @@ def show(rows):
     for label, f in rows.items():
         cells = [f"{f[name]:.{digits}f}" if math.isfinite(f[name]) else "n/a" for name, digits in
                  (("kl_token", 4), ("kl_text", 3), ("perplexity", 2), ("before", 3), ("after", 3))]
-        print(f"{label:14}{f['reward']:8.3f} +-{f['error']:6.3f}{f['positive']:10.2f}{cells[0]:>12}{cells[1]:>11}"
-              f"{cells[2]:>12}{cells[3]:>10}{cells[4]:>9}{f['diversity']:11.2f}   "
+        print(f"{label:14}{f['reward']:8.3f} +-{f['error']:6.3f}{f['positive']:10.2f}{cells[0]:>12}"
+              f"{cells[1]:>11}{cells[2]:>12}{cells[3]:>10}{cells[4]:>9}{f['diversity']:11.2f}   "
               + "/".join(f"{f[f'distinct_{n}']:.2f}" for n in (1, 2, 3)))
 
 
@@ -226,10 +235,10 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, doc, seed):
         super().__init__(description=doc.strip().split("\n")[0], formatter_class=Help)
         add = self.add_argument
-        add("--model", default="tests/toy", metavar="NAME",
+        add("--model", type=named, default="tests/toy", metavar="NAME",
             help="a GPT-2: gpt2, gpt2-medium, .., org/name of the hub, or a directory")
         add("--prompt", action="append", metavar="TEXT", help="a prompt; may be given again")
-        add("--prompts", metavar="FILE", help="one prompt a line, or HH-RLHF's .jsonl(.gz) "
+        add("--prompts", type=named, metavar="FILE", help="one prompt a line, or HH-RLHF's .jsonl(.gz) "
                                               "(default: prompts.txt in the model's directory; none: "
                                               "texts from their beginning on)")
         add("--dialogue", action="store_true", help="each prompt is what a human says to an assistant, "
@@ -238,8 +247,8 @@ class Parser(argparse.ArgumentParser):
         add("--seed", type=number(int, 0, 2 ** 62), default=seed, help="of the draws: same seed, same texts")
         add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1, cpu")
         add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the model's weights")
-        add("--batch", type=count, help="texts drawn side by side (default: as many as fit, up to 256 on a CPU "
-                                        "and 1024 on a GPU)")
+        add("--batch", type=count, help="texts drawn side by side (default: as many as fit, up to 256 on a "
+                                        "CPU and 1024 on a GPU)")
         add("--max-memory", type=number(float, 1e-6, 1e6), metavar="GIB",
             help="what model, texts and states may take (default: four fifths of the device's)")
 
@@ -260,11 +269,15 @@ def number(kind, low, high):
 count = number(int, 1, 2 ** 31)
 
 
-def load(args, samples=2 ** 31):
-    """
-    -> model, encoder, prompt texts, encoded prompts; says on which device. Sets in args what was left open:
-    batch (at most all texts, so many `samples` a prompt), max_memory, and `spare`, its bytes beside the weights.
-    """
+def named(text):
+    """An argparse type: the name of something, which "" is not."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty name")
+    return text
+
+
+def device_of(args):
+    """--device, a GPU made the current one: graphs are captured there. InputError where there is none."""
     try:
         device = torch.device(args.device)
         if device.type not in ("cpu", "cuda"):
@@ -273,9 +286,19 @@ def load(args, samples=2 ** 31):
             raise InputError(f"--device {args.device}: this machine has no CUDA device; use --device cpu")
         torch.zeros(1, device=device)
         if device.type == "cuda":
-            torch.cuda.set_device(device.index or 0)           # graphs are captured on the current one
+            torch.cuda.set_device(device.index or 0)
     except RuntimeError as error:
         raise InputError(f"--device {args.device}: {str(error).splitlines()[0]}; use --device cpu") from None
+    return device
+
+
+def load(args, samples=2 ** 31):
+    """
+    -> model, encoder, prompt texts, encoded prompts; says on which device. Sets in args what was left open:
+    batch (at most all texts, so many `samples` a prompt), max_memory, and `spare`, its bytes beside the
+    weights.
+    """
+    device = device_of(args)
     args.max_memory = args.max_memory or 0.8 * memory_of(device)
     model = GPT.from_pretrained(args.model, device, getattr(torch, args.dtype))
     encoder = load_tokenizer(args.model)
@@ -311,7 +334,7 @@ def memory_of(device):
 
 
 def fit_batch(model, prompts, n_tokens, spare):
-    """How many texts side by side, a power of two, fit into `spare` bytes; beyond the bound it gains little."""
+    """How many texts side by side, a power of two, fit into `spare` bytes; beyond a bound it gains little."""
     config, W, longest = model.config, model.wte.weight, max(map(len, prompts))
     cached = 2 * config.n_layer * (longest + n_tokens) + 4 * n_tokens      # recorded states and psi too
     reading = longest * (3 * 4 * config.n_head * longest + 4 * config.n_inner * W.itemsize)
@@ -325,12 +348,13 @@ def fit_batch(model, prompts, n_tokens, spare):
 
 def check_writable(path):
     """InputError now rather than after the work, where a file could not be written later."""
+    target = Path(os.path.realpath(path))
     try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        probe = Path(f"{path}.{os.getpid()}.part")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        probe = Path(f"{target}.{os.getpid()}.part")
         probe.touch()
         probe.unlink()
-        if Path(path).exists() and not Path(path).is_file():
+        if target.exists() and not target.is_file():
             raise OSError(0, "is no regular file")             # a directory, a device
     except OSError as error:
         raise InputError(f"{path}: cannot be written ({error.strerror}); choose another file") from None
@@ -347,26 +371,34 @@ def stream(encoder, eos, beginning):
     return watch
 
 
+# The options that only some methods have.
+OF = {"step_size": ("control", "guided"), "sign": ("control", "guided"), "candidates": ("guided",),
+      **dict.fromkeys(("steps", "radius", "max_kl", "target"), ("control",))}
+
+
 def parse_args(argv):
     """The options; what only the model or the value net can tell is checked in main."""
     parser = Parser(__doc__, seed=1000)      # other draws than those V was trained on
     add = parser.add_argument
     add("--value", type=weighted, action="append", metavar="FILE[:WEIGHT]", help="from train_value.py "
         "(default: out/value.safetensors); given again: the weighted sum of the V, and of their rewards")
-    add("--reward", metavar="NAME", help="as for train_value.py (default: V's own)")
+    add("--reward", type=named, metavar="NAME", help="as for train_value.py (default: V's own)")
     add("--samples", type=count, default=100, help="texts a prompt")
     add("--show", type=number(int, 0, 2 ** 31), default=4, help="pairs of texts printed")
     add("--temperature", type=number(float, 0, 100), default=1.0, help="0: the most probable token")
     add("--top-k", type=int, help="draw from the k most probable tokens (and their equals) only")
     add("--top-p", type=number(float, 1e-6, 1), default=1.0, help="draw from the fewest tokens of this mass")
-    add("--json", metavar="FILE", help="write every text and figure there")
+    add("--json", type=named, metavar="FILE", help="write every text and figure there")
     add("--only", action="store_true", help="skip the uncontrolled texts")
     add("--method", choices=("control", "guided", "base"), default="control", help="control: u, by gradient "
-        "ascent on V; guided: candidates re-weighted by exp(step size * V) of the state each leads to; base: none")
+        "ascent on V; guided: candidates re-weighted by exp(step size * V) of the state each leads to; base: "
+        "none")
     add("--candidates", type=count, default=20, help="of guided: so many of the most probable tokens")
-    add("--prefix", default="", metavar="TEXT", help="comes before each prompt, but not into the text or its KL")
+    add("--prefix", default="", metavar="TEXT", help="comes before each prompt, but not into the text or "
+                                                     "its KL")
     add("--best-of", type=count, default=1, metavar="N", help="draw N texts for each one kept: the best")
-    add("--by", choices=("reward", "value"), default="reward", help="what is best: value is V at the last token")
+    add("--by", choices=("reward", "value"), default="reward", help="what is best: value is V at the last "
+                                                                    "token")
     add("--steps", type=count, default=1, help="of gradient ascent on V, a token")
     add("--step-size", type=number(float, 0, 1e6), help="of all steps together, 1 / beta (default: "
         "saved with V, see NATS in train_value.py; of guided: 1)")
@@ -381,9 +413,12 @@ def parse_args(argv):
         raise InputError(f"--temperature {args.temperature:g}: choose 0 (most probable token) or 0.001 up")
     if args.target < math.inf and args.temperature == 0:
         raise InputError("--target: of the draw on average, and --temperature 0 draws none; leave it out")
-    shaped = args.steps > 1 or args.radius is not None or min(args.target, args.max_kl) < math.inf
-    if args.method != "control" and shaped:
-        raise InputError("--steps, --radius, --target and --max-kl: of --method control only; leave them out")
+    given = [name for name, setting in vars(args).items() if setting != parser.get_default(name)]
+    if idle := [name for name in given if name in OF and args.method not in OF[name]]:
+        names = " and no --".join(idle).replace("_", "-")
+        raise InputError(f"--method {args.method} has no --{names}; leave it out")
+    if args.by == "value" and args.best_of == 1:
+        raise InputError("--by: without --best-of there is nothing to choose from; leave it out")
     return args
 
 
@@ -400,7 +435,7 @@ def weighted(text):
 
 
 def load_values(args, model):
-    """-> the value net, a weighted sum if there are several; what is saved with each; the reward to report."""
+    """-> the value net, a weighted sum of several; what is saved with each; the reward to report."""
     if args.method == "base" and args.by == "reward" and args.reward and not args.value:
         return None, [], load_reward(args.reward, args.device)             # nothing to steer or judge with
     files, weights = zip(*(args.value or [("out/value.safetensors", 1.0)]))
@@ -428,15 +463,16 @@ def make_control(args, model, value, infos):
         return value and Controller(value, step_size=0.0)      # no control, but V is read
     if args.method == "guided":
         scale = args.sign * (1.0 if args.step_size is None else args.step_size)
-        print(f"value-guided decoding: {args.candidates} candidates a token, re-weighted by exp({scale:.3g} V)")
+        print(f"value-guided decoding: {args.candidates} candidates a token, re-weighted by "
+              f"exp({scale:.3g} V)")
         return Guided(value, scale, min(args.candidates, model.config.n_vocab))
     radius = min(info["radius"] for info in infos) if args.radius is None else args.radius
     # The root of KL is, to first order, a norm of u: so the sum costs no more than the dearest net by itself
     # does at its own step.
     saved = 1 / max(sum(abs(info["weight"]) / max(info["step_size"], 1e-9) for info in infos), 1e-9)
     step_size = args.sign * (saved if args.step_size is None else args.step_size) / args.steps
-    print(f"control: {args.steps} step{'s' * (args.steps > 1)} of {step_size:.3g}, radius {radius:g}, at most "
-          f"{args.max_kl:g} nats a token" + f", up to V = {args.target:g}" * (args.target < math.inf))
+    print(f"control: {args.steps} step{'s' * (args.steps > 1)} of {step_size:.3g}, radius {radius:g}, at "
+          f"most {args.max_kl:g} nats a token" + f", up to V = {args.target:g}" * (args.target < math.inf))
     return Controller(value, args.steps, step_size, radius, args.max_kl, args.target)
 
 
@@ -451,7 +487,10 @@ def main(argv=None):
         raise InputError(f"--top-k {args.top_k}: choose 1 to {n_vocab}, the size of the vocabulary")
     value, infos, reward = load_values(args, model)
     control = make_control(args, model, value, infos)
-    prefix = encode_prompts(model, encoder, [args.prefix], args.tokens)[1][0][1:] if args.prefix else []
+    prefix, longest = encode(encoder, args.prefix), max(map(len, prompts))
+    if prefix and len(prefix) + longest + args.tokens > model.config.n_positions:
+        raise InputError(f"--prefix: its {len(prefix)} tokens, a prompt of {longest} and {args.tokens} more "
+                         f"go past the model's context of {model.config.n_positions}; shorten it")
     plans = {"uncontrolled": {}} if not args.only else {}
     if args.method != "base" or prefix or args.best_of > 1 or args.only:
         label = "controlled" if args.method == "control" else args.method
@@ -476,9 +515,8 @@ def main(argv=None):
         show_pairs(results, range(min(args.show, samples)))
     show(table)
     if args.json:
-        asked = [texts[i % len(texts)] for i in range(samples)]
         settings = {name: setting for name, setting in vars(args).items() if name != "spare"}
-        write_json(args.json, settings, asked, results, table)
+        write_json(args.json, settings, in_turn(texts, samples), results, table)
 
 
 def show_pairs(results, rows):

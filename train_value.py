@@ -29,7 +29,8 @@ import sample
 from control import Controller, Reread, step_for_kl
 from model import InputError
 from sample import Parser, count, number
-from value import ValueNet, advantages, fingerprint, load_reward, moments, value_loss, whitening
+from value import (ValueNet, advantages, bellman_targets, fingerprint, load_reward, moments, value_loss,
+                   whitening)
 
 # Ours and the baselines, with settings that do well on the tiny language and on film reviews alike; those
 # that are best for one task are found by tests/tune.py. One-step targets (lam 0) carry the reward back one
@@ -109,7 +110,8 @@ def descend(net, loss, texts, epochs, rate, decay, batch=64, log=None):
             schedule.step()
             total += error.item() * len(rows) / texts
         if not math.isfinite(total):
-            raise InputError(f"training diverged in epoch {epoch + 1}; choose a smaller --rate")
+            raise InputError(f"training diverged in epoch {epoch + 1}; choose a smaller --rate, or a "
+                             f"reward on a smaller scale")
         if log:
             log(epoch, total)
 
@@ -206,16 +208,18 @@ def improve(model, control, rollout, rewards, first, nats, settings, radius=Cont
 
     Evaluation: V and A of the reward less beta KL, beta = 1 / step_size, the exchange rate at which this
     control is optimal (without the KL V would call for ever more of it). Improvement: one step on the new
-    A, at the size that costs `nats` a text on the states of the `first` texts, uncontrolled ones. In the first
-    round `control` is None, or an excitation, which costs nothing here: it is no policy.
+    A, at the size that costs `nats` a text on the states of the `first` texts, uncontrolled ones. In the
+    first round `control` is None, or an excitation, which costs nothing here: it is no policy.
     """
-    costs = None
-    if control is not None and not control.excitation:
-        costs = rollout.kl / control.step_size
-    value = train(model, rollout, rewards, seed=seed, log=log, costs=costs, **settings)
+    value = train(model, rollout, rewards, seed=seed, log=log, costs=kl_costs(control, rollout), **settings)
     control = Controller(value, radius=ball(settings, radius))
     control.step_size = step_for_kl(model, control, first, nats)
     return control
+
+
+def kl_costs(control, rollout):
+    """beta KL (N, T) of the control that a rollout was drawn under; None without one."""
+    return rollout.kl / control.step_size if control is not None and not control.excitation else None
 
 
 def excitation(rollout, size):
@@ -226,10 +230,10 @@ def excitation(rollout, size):
 
 
 @torch.no_grad()
-def report(value, rollout, rewards):
-    """How well V foretells the outcome of held-out uncontrolled texts."""
+def report(value, rollout, rewards, costs=None):
+    """How well V foretells the outcome of held-out texts: their reward, less the costs (N, T) to come."""
     values, mask = read(value, rollout), rollout.mask
-    outcome = rewards[:, None].expand_as(values)
+    outcome = bellman_targets(torch.zeros_like(values), rewards, mask, 1.0, costs)
     error, spread = (values - outcome)[mask].square().mean(), outcome[mask].var()
     print(f"\nheld-out states: squared error of V to the outcome {error:.4f}, "
           f"of the best constant {spread:.4f}")
@@ -238,7 +242,7 @@ def report(value, rollout, rewards):
     for t in sorted({0, longest // 8, longest // 4, longest // 2, 3 * longest // 4, longest - 1}):
         alive = mask[:, t]
         if alive.sum() > 2:
-            pair = torch.stack([values[alive, t], rewards[alive]])
+            pair = torch.stack([values[alive, t], outcome[alive, t]])
             print(f"  t={t} {torch.corrcoef(pair)[0, 1]:.2f}", end="")
     print("\ncalibration, states in five bins by V:")
     order = values[mask].argsort()
@@ -273,8 +277,8 @@ def parse_args(argv):
     parser = Parser(__doc__, seed=0)
     add = parser.add_argument
     add("--out", default="out/value.safetensors", metavar="FILE", help="where V is saved")
-    add("--reward", default="sentiment", metavar="NAME", help="sentiment, path/to/file.py:function, or a GPT-2 "
-                                                              "classifier: a directory or a name of the hub")
+    add("--reward", default="sentiment", metavar="NAME", help="sentiment, path/to/file.py:function, or a "
+        "GPT-2 classifier: a directory or a name of the hub")
     add("--method", choices=METHODS, default="q", help="q: V, and A trained on the draws; draws: "
         "likewise, but A is one direction for all states; plain: values alone; paper: values alone, one-step "
         "targets, raw states, no ball; static: one direction, by least squares of the reward on the states; "
@@ -287,8 +291,8 @@ def parse_args(argv):
     own("--decay", type=number(float, 0, 100), default=argparse.SUPPRESS, help="weight decay, decoupled")
     add("--rollouts", type=number(int, 16, 2 ** 31), default=4000, help="texts to learn from, a round")
     add("--rounds", type=count, default=1, help="of policy iteration: 1 learns from uncontrolled texts only")
-    add("--nats", type=number(float, 1e-6, 1e3), default=0.5, help="a text: the cost of the control whose step "
-                                                                   "size is saved with V, and of the rounds")
+    add("--nats", type=number(float, 1e-6, 1e3), default=0.5, help="a text: the cost of the control whose "
+        "step size is saved with V, and of the rounds")
     add("--excitation", type=number(float, 0, 10), default=0.0, help="in the first round, random "
         "controls whose standard deviation is up to so many of a state's")
     add("--held-out", type=number(int, 16, 2 ** 31), default=1000, help="texts to report on")
@@ -322,17 +326,16 @@ def timed(spent, system, args, samples, seed, label, record=False, **how):
     spent["scoring"] += time.time() - clock[-1]
     if record and not args.keep:
         model, _, _, prompts = system
-        prompts = [prompts[i % len(prompts)] for i in range(samples)]
-        rollout = Reread(rollout, model, prompts, how.get("control"))
+        rollout = Reread(rollout, model, sample.in_turn(prompts, samples), how.get("control"))
     return rollout, rewards, texts
 
 
 def iterate(args, model, rolled, settings):
-    """--rounds of rollouts and training -> the last Controller."""
+    """--rounds of rollouts and training -> the last Controller, and that of the texts it has learned from."""
     def log(net, epoch, loss):
         print(f"{net}  epoch {epoch + 1:2d}  squared error {loss:.4f}")
 
-    control, first = None, None
+    control, policy, first = None, None, None
     if args.excitation:
         torch.manual_seed(args.seed)
         control = excitation(rolled(256, args.seed, "pilot", record=True)[0], args.excitation)
@@ -345,10 +348,10 @@ def iterate(args, model, rolled, settings):
         if rewards.min() == rewards.max():
             raise InputError(f"every text has the reward {rewards[0]:g}: nothing to learn; choose another "
                              f"--reward")
-        first = rollout if first is None else first
+        first, policy = first or rollout, control if i else None             # an excitation is none
         control = improve(model, control, rollout, rewards, first, args.nats, settings, seed=args.seed,
                           log=log)
-    return control
+    return control, policy
 
 
 def main(argv=None):
@@ -361,10 +364,13 @@ def main(argv=None):
     started, spent = time.time(), {"drawing": 0.0, "scoring": 0.0}                # seconds
     rolled = partial(timed, spent, (model, encoder, reward, prompts), args)
     settings = {name: getattr(args, name) for name in METHODS[args.method]}
-    control = iterate(args, model, rolled, settings)
+    control, policy = iterate(args, model, rolled, settings)
     value, spent["training"] = control.value, time.time() - started - sum(spent.values())
-    held_out, outcome, _ = rolled(args.held_out, args.seed + 1, "held-out rollouts", record=True)
-    report(value, held_out, outcome)
+    held_out, outcome, _ = rolled(args.held_out, args.seed + 1, "held-out rollouts", control=policy,
+                                  record=True)
+    if policy is not None:
+        print("\nof texts under the control of the round before, with outcomes less its KL:", end="")
+    report(value, held_out, outcome, kl_costs(policy, held_out))
     value.save(args.out, fingerprint=fingerprint(model), model=str(args.model), method=args.method,
                **settings, reward=args.reward, rollouts=args.rollouts, rounds=args.rounds, tokens=args.tokens,
                temperature=1.0, seed=args.seed, excitation=args.excitation, nats=args.nats,

@@ -150,7 +150,9 @@ class ValueNet(nn.Module):
                 raise ValueError("not finite")
         except FileNotFoundError:
             raise InputError(f"{path}: no such value net; train one with train_value.py") from None
-        except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read ({error.strerror}); choose another --value") from None
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{path}: not a value net of this project; train one with "
@@ -265,6 +267,7 @@ def write_safetensors(path, tensors, metadata):
 
 def write_whole(path, chunks):
     """Write the bytes; whatever interrupts it, `path` holds all of the new or all of the old."""
+    path = os.path.realpath(path)                              # a link stays a link
     temporary = Path(f"{path}.{os.getpid()}.part")
     try:
         with open(temporary, "wb") as file:
@@ -297,9 +300,9 @@ def load_tokenizer(name):
         try:
             return tiktoken.get_encoding("gpt2")
         except Exception as error:   # tiktoken fetches through requests: any of its errors may come
-            raise InputError(f"GPT-2's vocabulary is not cached and cannot be fetched ({type(error).__name__})"
-                             f"; set TIKTOKEN_CACHE_DIR to a folder that has it, or put GPT-2's vocab.json "
-                             f"beside the weights") from None
+            raise InputError(f"GPT-2's vocabulary is not cached and cannot be fetched "
+                             f"({type(error).__name__}); set TIKTOKEN_CACHE_DIR to a folder that has it, or "
+                             f"put GPT-2's vocab.json beside the weights") from None
     try:
         vocabulary = read_json(path)
         special = {t: i for t, i in vocabulary.items() if t.startswith("<|") and t.endswith("|>")}
@@ -353,9 +356,11 @@ class RewardModel:
         self.gpt = GPT.from_pretrained(name, device, extra=("score.weight",))
         self.encoder, self.score = load_tokenizer(name), self.gpt.extra["score.weight"]
         if tuple(self.score.shape) not in ((1, self.gpt.config.n_embd), (2, self.gpt.config.n_embd)):
-            raise InputError(f"{name}: score.weight is {tuple(self.score.shape)}, not that of one label or two")
-        if self.encoder.n_vocab > self.gpt.config.n_vocab or not self.score.isfinite().all():
-            raise InputError(f"{name}: fewer states than tokens, or scores that are no numbers; fetch it again")
+            raise InputError(f"{name}: score.weight is {tuple(self.score.shape)}, not that of one label or "
+                             f"two; choose another")
+        if self.encoder.n_vocab > self.gpt.config.n_vocab:
+            raise InputError(f"{name}: a vocabulary of {self.encoder.n_vocab} tokens for a model of "
+                             f"{self.gpt.config.n_vocab}; fetch both from one model")
         self.gpt.pack()
 
     def __call__(self, texts):
@@ -386,7 +391,7 @@ class RewardModel:
 
 
 def load_reward(name, device="cpu"):
-    """sentiment, path/to/file.py:function, or a classifier's directory or name -> callable, texts -> floats"""
+    """sentiment, path/to/file.py:function, or a classifier's name -> callable, texts -> floats"""
     if name == "sentiment":
         return sentiment
     path, _, function = name.rpartition(":")

@@ -136,14 +136,6 @@ def needed(model, batch, slots):
     return model.wte.weight.itemsize * (weights + 2 * model.config.n_layer * batch * slots * model.config.n_embd)
 
 
-def device_of(args):
-    """The device to measure, made the current one: graphs are captured there."""
-    device = torch.device(args.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device.index or 0)
-    return device
-
-
 def control_of(args):
     """One step on a V and an A of random weights."""
     torch.manual_seed(args.seed)
@@ -154,7 +146,7 @@ def control_of(args):
 @torch.no_grad()
 def peak(args, batch):
     """What `control` holds at most, over weights + cache. In a process that has held nothing else so far."""
-    device, dtype = device_of(args), getattr(torch, args.dtype)
+    device, dtype = sample.device_of(args), getattr(torch, args.dtype)
     prompts, uniforms = [[1] * PROMPT] * batch, uniform_table(batch, args.tokens, 0)
     generate(random_model("tiny", device, dtype).pack(), prompts[:1], uniforms[:1, :2])    # loads libraries
     bare, model = memory(device, since_now=True), random_model(args.model, device, dtype).pack(batch)
@@ -185,27 +177,32 @@ def ratio(above, below):
     return statistics.median(a / b for a, b in zip(above, below)) if above else float("nan")
 
 
+def counts(text):
+    """An argparse type: "1,32" -> [1, 32]."""
+    return [sample.count(n) for n in text.split(",")]
+
+
 @torch.no_grad()
 def main(argv=None):
     parser = sample.Parser(__doc__, seed=0)
     parser.set_defaults(model="gpt2", tokens=64)
-    parser.add_argument("--batches", default="1,32", help="texts side by side, commas between")
+    parser.add_argument("--batches", type=counts, default="1,32", help="texts side by side, commas between")
     parser.add_argument("--rounds", type=sample.count, default=5, help="of which the medians are printed")
     parser.add_argument("--width", type=sample.count, default=64, help="of V's hidden layer")
     args = parser.parse_args(argv)
     if args.model not in SHAPES:
         parser.error(f"--model takes {', '.join(SHAPES)}")
-    device, dtype = device_of(args), getattr(torch, args.dtype)
-    speed, batches = bandwidth(device), [int(batch) for batch in args.batches.split(",")]
+    device, dtype = sample.device_of(args), getattr(torch, args.dtype)
+    speed = bandwidth(device)
     where = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(f"{args.model}, {args.dtype}, {where}, {torch.get_num_threads()} threads, {speed / 1e9:.0f} GB/s, "
           f"{args.tokens} tokens, width {args.width}, torch {torch.__version__}")
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as processes:
-        peaks = [processes.apply(peak, (args, batch)) for batch in batches]
+        peaks = [processes.apply(peak, (args, batch)) for batch in args.batches]
     torch.manual_seed(args.seed)
     model = random_model(args.model, device, dtype)
     theirs, control = transformers_model(model), control_of(args)
-    for batch, share in zip(batches, peaks):
+    for batch, share in zip(args.batches, peaks):
         model.pack(batch)
         seconds = measure(make_rows(model, theirs, control, batch, args.tokens), args.rounds, device)
         print(f"\nbatch {batch:3d}, peak {share:.2f}{'ms':>14}{'tok/s':>9}{'cost':>7}{'hf':>7}{'floor':>7}")

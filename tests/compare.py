@@ -105,7 +105,7 @@ def learn_from(args, table, model, encoder, prompts):
         kept, columns = None, None
     if kept != asked or len(columns["mask"]) < size:
         raise sample.InputError(f"{args.keep}: other rollouts than those asked for; choose another --keep")
-    rollout, prompts = Rollout(**columns).pick(slice(size)), [prompts[i % len(prompts)] for i in range(size)]
+    rollout, prompts = Rollout(**columns).pick(slice(size)), sample.in_turn(prompts, size)
     rewards = table.reward(sample.decode(encoder, prompts, rollout, model.config.eos_token_id))
     rollout.earned = sample.score_beginnings(encoder, table.reward, prompts, rollout)
     return rollout, torch.tensor(rewards, device=rollout.mask.device)
@@ -118,7 +118,7 @@ class Table:
         self.args, self.model, self.encoder, self.prompts, self.asked = args, model, encoder, prompts, asked
         self.reward, self.check = [name and load_reward(name, args.device) for name in (args.reward, args.check)]
         toy = (Path(args.model) / "grammar.py").is_file()
-        self.clusters = None if toy else [i % len(prompts) for i in range(args.samples * len(prompts))]
+        self.clusters = None if toy else sample.in_turn(range(len(prompts)), args.samples * len(prompts))
         self.results, self.figures, self.frontier = {}, {}, None
         print(f"{len(prompts)} openings x {args.samples} samples a row, {args.rollouts} rollouts of {args.tokens} "
               f"tokens, seeds {args.seed} and {args.test_seed}\n\n{'method':30}{'step':>8}{'KL':>7}{'a token':>8}"
@@ -129,7 +129,7 @@ class Table:
             self.frontier = Exact(model, encoder, prompts, base, args.tokens)
         elif args.optimum:
             _, scores, _ = self.roll_out(prompts, args.optimum * len(prompts), args.test_seed + 1)
-            self.frontier = Tilted(scores, [i % len(prompts) for i in range(len(scores))])
+            self.frontier = Tilted(scores, sample.in_turn(range(len(prompts)), len(scores)))
         self.exact = self.frontier if toy else None
 
     def roll_out(self, prompts, samples, seed, gpt=None, **how):
@@ -143,8 +143,7 @@ class Table:
                                              self.args.test_seed, gpt,
                                              progress=lambda *_: clock.append(time.perf_counter()), **how)
         if gpt:                                                # another model: its KL by teacher forcing
-            whole = [self.prompts[i % len(self.prompts)] for i in range(len(scores))]
-            drawn.logp = teacher_force(self.model, whole, drawn)
+            drawn.logp = teacher_force(self.model, sample.in_turn(self.prompts, len(scores)), drawn)
             drawn.kl = torch.where(drawn.mask, drawn.logq - drawn.logp, 0.0)
         f = sample.figures(drawn, scores, self.clusters)
         self.results[label], self.figures[label] = (drawn, scores, texts), f
@@ -220,7 +219,7 @@ def main(argv=None):
     table.show_texts(f"{methods[0]} {float(budgets[len(budgets) // 2]):g}{note}")
     if args.json:
         sample.write_json(args.json, {**vars(args), "preparation": costs},
-                          [table.asked[i % len(table.asked)] for i in range(args.samples * len(table.asked))],
+                          sample.in_turn(table.asked, args.samples * len(table.asked)),
                           table.results, table.figures)
 
 

@@ -6,6 +6,7 @@ what is wrong. The safetensors package is the judge of the file format, where it
     python -m pytest tests/test_loading.py
 """
 import json
+import math
 import subprocess
 import sys
 
@@ -77,6 +78,8 @@ CHANGES = {      # what is put in (None: taken out) -> what the message must say
                 ["Unexpected", "model.ln_f.weight", "Missing", '"ln_f.weight"']),
     "twice": ({"transformer.wpe.weight": torch.ones(24, 16)}, ["wpe.weight twice"]),
     "newline": ({"a\nb": torch.ones(1)}, ["Unexpected"]),
+    "not finite": ({"h.1.ln_1.bias": torch.full((16,), math.nan), "wpe.weight": torch.full((24, 16), math.inf)},
+                   ["h.1.ln_1.bias is not finite", "wpe.weight is not finite"]),
     "untied": ({"lm_head.weight": torch.ones(37, 16)}, ["lm_head.weight"]),
     "untied, smaller": ({"lm_head.weight": torch.ones(36, 16)}, ["lm_head.weight"]),
 }

@@ -497,6 +497,9 @@ def test_the_benchmark_runs(capsys):
     for row in ("plain", "control", "30 steps", "KL reported", "kl_ball", "paper"):
         assert table.count(f"\n{row} ") == 2
     assert table.count(" 1.00 ") >= 2
+    for wrong in (["--batches", "1,x"], ["--batches", "0"], ["--device", "nonsense"]):
+        with pytest.raises(InputError, match=wrong[0]):
+            bench.main([*wrong, "--model", "tiny"])
 
 
 # --------------------------------------------------------------------------------------------- CUDA

@@ -121,6 +121,19 @@ def test_rounds_of_policy_iteration_and_excitation(here, capsys):
         assert texts(written("two.json")) != texts(written("one.json"))
 
 
+def test_the_report_is_on_texts_like_those_learned_from(here, monkeypatch):
+    """After a second round: drawn under the first round's control, and its KL, at beta, is a cost."""
+    reported = []
+    monkeypatch.setattr(train_value, "report", lambda value, *rest: reported.append(rest))
+    for more in ([], ["--rounds", "2"], ["--excitation", "0.2"]):
+        train_value.main([*TRAIN, *more])
+    (plain, _, no_costs), (controlled, _, costs), (after_excitation, _, none_either) = reported
+    assert no_costs is None and none_either is None and not plain.kl.any() and not after_excitation.kl.any()
+    assert controlled.kl[controlled.mask].mean() > 1e-4
+    beta = costs[controlled.mask] / controlled.kl[controlled.mask]
+    assert beta.min() > 0 and torch.allclose(beta, beta[0].expand_as(beta))
+
+
 def test_several_values_are_one_weighted_sum(here, capsys):
     (here / "rewards.py").write_text("def short(texts):\n    return [-len(text) / 50 for text in texts]\n")
     train_value.main([*TRAIN, "--reward", "rewards.py:short", "--out", "out/short.safetensors"])
@@ -176,12 +189,12 @@ def test_a_prefix_is_seen_by_the_model_and_by_nothing_else(here, capsys):
 @pytest.mark.parametrize("method", ["base", "control", "guided"])
 @pytest.mark.parametrize("by", ["reward", "value"])
 def test_best_of_n_keeps_the_best(method, by, here, capsys):
-    how = ["--method", method, "--candidates", "5", "--samples", "40", "--only", "--by", by, "--json", "run.json",
-           "--step-size", "1"]
+    how = ["--method", method, "--samples", "40", "--only", "--json", "run.json"]
+    how += {"control": ["--step-size", "1"], "guided": ["--candidates", "5"], "base": []}[method]
     label = "controlled" if method == "control" else method
     runs = {}
     for n in (1, 4):
-        sample.main([*SAMPLE, *how, "--best-of", str(n)])
+        sample.main([*SAMPLE, *how, *(["--best-of", "4", "--by", by] if n == 4 else [])])
         runs[n] = written("run.json")[label]
     assert "best of 4 by" in capsys.readouterr().out
     assert len(runs[4]["texts"]) == len(runs[1]["texts"]) == 80
@@ -327,6 +340,7 @@ REFUSED = {      # what is wrong -> arguments of both scripts, a word of the mes
     "no tokens": (["--tokens", "0"], "--tokens"),
     "tokens no number": (["--tokens", "many"], "--tokens"),
     "no batch": (["--batch", "0"], "--batch"),
+    "prompts without a name": (["--prompts", ""], "--prompts"),
     "too little memory": (["--max-memory", "0.0001"], "--max-memory"),
     "device unknown": (["--device", "nonsense"], "nonsense"),
     "device absent": (["--device", "cuda"], "no CUDA device"),
@@ -359,9 +373,15 @@ REFUSED_BY_SAMPLE = {
     "target, no draw": (["--temperature", "0", "--target", "0.5"], "--temperature 0"),
     "best of none": (["--best-of", "0"], "--best-of"),
     "judge unknown": (["--by", "taste"], "--by"),
-    "prefix beyond the context": (["--prefix", "the plot" * 40], "context of 64"),
+    "nothing to judge": (["--by", "value"], "--best-of"),
+    "candidates, not guided": (["--candidates", "7"], "--method control has no --candidates"),
+    "sign, no control": (["--method", "base", "--sign", "-1"], "no --sign"),
+    "JSON without a name": (["--json", ""], "--json"),
+    "prefix beyond the context": (["--prefix", "the plot" * 40], "--prefix"),
+    "prefix beside a long prompt": (["--prefix", "the plot " * 13, "--prompt", "the plot " * 15], "--prefix"),
     "prefix not UTF-8": (["--prefix", "the \udcff plot"], "prompt"),
     "value absent": (["--value", "absent.safetensors"], "absent.safetensors"),
+    "value a directory": (["--value", "folder"], "folder: cannot be read"),
     "value cut off": (["--value", "short.safetensors"], "short.safetensors"),
     "value is the model": (["--value", f"{TOY}/model.safetensors"], "model.safetensors"),
     "JSON below a file": (["--json", "file/texts.json"], "file/texts.json"),
@@ -522,6 +542,13 @@ def test_a_terminal_without_all_characters(trained, here):
     argv = [sys.executable, str(ROOT / "sample.py"), *SAMPLE, "--prompt", "the caf\u00e9"]
     ended = subprocess.run(argv, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert ended.returncode == 0 and b"the caf?" in ended.stdout
+
+
+def test_a_link_stays_a_link(here):
+    (here / "real.json").write_text("the old one")
+    os.symlink("real.json", "link.json")
+    sample.main([*SAMPLE, "--json", "link.json"])
+    assert os.path.islink("link.json") and "controlled" in written("real.json")
 
 
 def test_a_pipe_is_no_file_to_write(here):
