@@ -596,7 +596,7 @@ def step_for_kl(model, control, rollout, nats, states=1024):
     order = torch.randperm(len(real), generator=torch.Generator().manual_seed(0))
     chosen = real[order[:states]]                              # (states, 2): row and t
     hidden = [rollout.states(part[:, 0])[torch.arange(len(part)), part[:, 1]] for part in chosen.split(64)]
-    log_p = [model.unembed(h).log_softmax(-1) for h in hidden]             # each (64, n_vocab)
+    log_p = [model.unembed(h).log_softmax(-1) for h in hidden]             # each (<= 64, n_vocab)
 
     def cost(step_size):
         sized, total = replace(control, step_size=step_size), 0.0

@@ -266,10 +266,11 @@ class Cache:
         return flat[..., :batch * heads * room * d].unflatten(-1, (batch, heads, room, d))
 
     def make_room(self):
-        """Move the slots of all rows apart, for `reach` of them a row: the last rows first, a few at a time."""
+        """Move the slots of all rows apart, to `reach` a row: a few rows at a time, the last first."""
         if self.reach > self.room:
             for flat in self.pairs.flatten(0, 1):
                 near, apart = (self.slots(flat, room).split(4) for room in (self.room, self.reach))
+                # A new place overlaps old ones of later rows, moved already, and its own: hence the clone.
                 for few, place in zip(reversed(near), reversed(apart)):
                     place[:, :, :self.room] = few.clone()
             self.room = self.reach
@@ -313,7 +314,7 @@ def read_config(name):
 
 
 def load_weights(model, name, device, dtype, extra):
-    """Fill the model from a public checkpoint, every name and shape checked -> {name: tensor} of `extra`."""
+    """Fill the model from a public checkpoint, all of it checked -> {name: tensor} of `extra`."""
     path, state, off = find(name, "model.safetensors"), {}, []
     for key, tensor in read_safetensors(path):
         key = key.removeprefix("transformer.")
@@ -322,7 +323,9 @@ def load_weights(model, name, device, dtype, extra):
         off += [f"{key} twice"] * (key in state)
         if not key.endswith(IGNORED):
             state[key] = tensor.to(device, dtype).contiguous()
-    off += [f"{key} is not finite" for key, tensor in state.items() if not tensor.sum().isfinite()]
+    if damaged := [key for key, tensor in state.items() if not tensor.sum().isfinite()]:
+        raise InputError(f"{path}: NaN or infinite numbers in {', '.join(damaged)[:2000]}; fetch it again, "
+                         f"or choose another model")
     head, extra = state.pop("lm_head.weight", None), {key: state.pop(key, None) for key in extra}
     off += [f"missing {key}" for key, tensor in extra.items() if tensor is None]
     if head is not None and not torch.equal(head, state.get("wte.weight", head)):

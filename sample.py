@@ -63,14 +63,14 @@ def _dialogue(path, number, line):
                          f"mend or remove the line") from None
 
 
-def encode(encoder, text):
-    """A prompt or a prefix -> [token, ..]. "<|endoftext|>" is a token here."""
+def encode(encoder, text, what="the prompt"):
+    """A prompt, or what else -> [token, ..]. "<|endoftext|>" is a token here."""
     if text != text.encode(errors="ignore").decode():          # bytes of the command line, not text
-        raise InputError(f"the prompt {text!r} is not UTF-8; write it anew")
+        raise InputError(f"{what} {text!r} is not UTF-8; write it anew")
     try:
         return encoder.encode(text, allowed_special="all")
     except ValueError as error:                                # of a million spaces, for one
-        raise InputError(f"the prompt {text[:40]!r} .. cannot be encoded ({error}); shorten it") from None
+        raise InputError(f"{what} {text[:40]!r} .. cannot be encoded ({error}); shorten it") from None
 
 
 def encode_prompts(model, encoder, texts, n_tokens):
@@ -238,9 +238,9 @@ class Parser(argparse.ArgumentParser):
         add("--model", type=named, default="tests/toy", metavar="NAME",
             help="a GPT-2: gpt2, gpt2-medium, .., org/name of the hub, or a directory")
         add("--prompt", action="append", metavar="TEXT", help="a prompt; may be given again")
-        add("--prompts", type=named, metavar="FILE", help="one prompt a line, or HH-RLHF's .jsonl(.gz) "
-                                              "(default: prompts.txt in the model's directory; none: "
-                                              "texts from their beginning on)")
+        add("--prompts", type=named, metavar="FILE",
+            help="one prompt a line, or HH-RLHF's .jsonl(.gz) (default: prompts.txt in the model's "
+                 "directory; none: texts from their beginning on)")
         add("--dialogue", action="store_true", help="each prompt is what a human says to an assistant, "
                                                         "or a dialogue already")
         add("--tokens", type=count, default=32, help="tokens drawn a text, at most")
@@ -305,23 +305,31 @@ def load(args, samples=2 ** 31):
     if encoder.n_vocab != model.config.n_vocab:
         raise InputError(f"{args.model}: a vocabulary of {encoder.n_vocab} tokens for a model of "
                          f"{model.config.n_vocab}; fetch both from one model")
+    texts, prompts = asked(args, model, encoder)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{args.model}: {parameters:,} parameters, frozen, {args.dtype} on {device}; {len(texts)} prompts")
+    args.spare = args.max_memory * 2 ** 30 - sum(weight.nbytes for weight in model.parameters())       # bytes
+    prefix, longest = encode(encoder, getattr(args, "prefix", ""), "--prefix"), max(map(len, prompts))
+    if prefix and len(prefix) + longest + args.tokens > model.config.n_positions:
+        raise InputError(f"--prefix: its {len(prefix)} tokens, a prompt of {longest} and {args.tokens} more "
+                         f"go past the model's context of {model.config.n_positions}; shorten one of them")
+    batch = args.batch or fit_batch(model, len(prefix) + longest, args.tokens, args.spare / 2)
+    args.batch = min(batch, samples * len(prompts))
+    return model.pack(args.batch), encoder, texts, prompts
+
+
+def asked(args, model, encoder):
+    """The prompts of the options, or the model's own -> their texts, and encoded."""
     own = Path(args.model) / "prompts.txt"
     texts = (args.prompt or []) + (read_prompts(args.prompts) if args.prompts else [])
     if not texts and own.is_file():
         texts = read_prompts(own)
+    if not texts:
+        return [""], [[model.config.bos_token_id]]             # texts from their beginning on
     if args.dialogue:
         texts = [text if text.startswith("\n\nHuman:") else f"\n\nHuman: {text}\n\nAssistant:"
                  for text in texts]
-    if texts:
-        texts, prompts = encode_prompts(model, encoder, texts, args.tokens)
-    else:
-        texts, prompts = [""], [[model.config.bos_token_id]]   # texts from their beginning on
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"{args.model}: {parameters:,} parameters, frozen, {args.dtype} on {device}; {len(texts)} prompts")
-    args.spare = args.max_memory * 2 ** 30 - sum(weight.nbytes for weight in model.parameters())       # bytes
-    batch = args.batch or fit_batch(model, prompts, args.tokens, args.spare / 2)
-    args.batch = min(batch, samples * len(prompts))
-    return model.pack(args.batch), encoder, texts, prompts
+    return encode_prompts(model, encoder, texts, args.tokens)
 
 
 def memory_of(device):
@@ -333,9 +341,12 @@ def memory_of(device):
     return min(whole, int(limit) if limit.isdecimal() else whole) / 2 ** 30
 
 
-def fit_batch(model, prompts, n_tokens, spare):
-    """How many texts side by side, a power of two, fit into `spare` bytes; beyond a bound it gains little."""
-    config, W, longest = model.config, model.wte.weight, max(map(len, prompts))
+def fit_batch(model, longest, n_tokens, spare):
+    """
+    How many texts side by side, a power of two, fit into `spare` bytes, drawn after up to `longest` tokens;
+    beyond a bound it gains little.
+    """
+    config, W = model.config, model.wte.weight
     cached = 2 * config.n_layer * (longest + n_tokens) + 4 * n_tokens      # recorded states and psi too
     reading = longest * (3 * 4 * config.n_head * longest + 4 * config.n_inner * W.itemsize)
     text = cached * config.n_embd * W.itemsize + reading + 12 * 4 * config.n_vocab  # rows of float32 logits
@@ -371,7 +382,7 @@ def stream(encoder, eos, beginning):
     return watch
 
 
-# The options that only some methods have.
+# The options that only some methods have. (At its default one is as good as not given.)
 OF = {"step_size": ("control", "guided"), "sign": ("control", "guided"), "candidates": ("guided",),
       **dict.fromkeys(("steps", "radius", "max_kl", "target"), ("control",))}
 
@@ -424,7 +435,7 @@ def parse_args(argv):
 
 def weighted(text):
     """An argparse type: "FILE" or "FILE:WEIGHT" -> (file, weight)."""
-    file, colon, weight = text.rpartition(":")
+    file, colon, weight = named(text).rpartition(":")
     try:
         weight = float(weight) if file else 1.0
     except ValueError:
@@ -487,10 +498,7 @@ def main(argv=None):
         raise InputError(f"--top-k {args.top_k}: choose 1 to {n_vocab}, the size of the vocabulary")
     value, infos, reward = load_values(args, model)
     control = make_control(args, model, value, infos)
-    prefix, longest = encode(encoder, args.prefix), max(map(len, prompts))
-    if prefix and len(prefix) + longest + args.tokens > model.config.n_positions:
-        raise InputError(f"--prefix: its {len(prefix)} tokens, a prompt of {longest} and {args.tokens} more "
-                         f"go past the model's context of {model.config.n_positions}; shorten it")
+    prefix = encode(encoder, args.prefix)
     plans = {"uncontrolled": {}} if not args.only else {}
     if args.method != "base" or prefix or args.best_of > 1 or args.only:
         label = "controlled" if args.method == "control" else args.method

@@ -9,7 +9,8 @@ Train a value function on the hidden states of a frozen GPT-2: rollouts -> rewar
     3. fit V to the Bellman equation on the recorded states, and A, whose gradient steers, to what each
        draw did for the reward (see value.py)
     4. --rounds above 1: roll out under the control so far and fit again, soft policy iteration
-    5. report on held-out rollouts, save, and show a few steered texts beside plain ones
+    5. report on held-out rollouts, drawn like the last ones learned from, save, and show a few steered texts
+       beside plain ones
 
 The paper stops at one round. The first knows the uncontrolled texts only: V(h_t) is what the model
 earns if it is left alone from here on, not what the control still to come will make of it.
@@ -28,7 +29,7 @@ from torch.nn.utils import parametrize
 import sample
 from control import Controller, Reread, step_for_kl
 from model import InputError
-from sample import Parser, count, number
+from sample import Parser, count, named, number
 from value import (ValueNet, advantages, bellman_targets, fingerprint, load_reward, moments, value_loss,
                    whitening)
 
@@ -276,7 +277,7 @@ def parse_args(argv):
     """The options, those not given filled in with the method's own."""
     parser = Parser(__doc__, seed=0)
     add = parser.add_argument
-    add("--out", default="out/value.safetensors", metavar="FILE", help="where V is saved")
+    add("--out", type=named, default="out/value.safetensors", metavar="FILE", help="where V is saved")
     add("--reward", default="sentiment", metavar="NAME", help="sentiment, path/to/file.py:function, or a "
         "GPT-2 classifier: a directory or a name of the hub")
     add("--method", choices=METHODS, default="q", help="q: V, and A trained on the draws; draws: "
@@ -369,7 +370,8 @@ def main(argv=None):
     held_out, outcome, _ = rolled(args.held_out, args.seed + 1, "held-out rollouts", control=policy,
                                   record=True)
     if policy is not None:
-        print("\nof texts under the control of the round before, with outcomes less its KL:", end="")
+        print("\nheld-out texts are drawn under the control of the round before; outcome: the reward less "
+              "the beta KL still to come", end="")
     report(value, held_out, outcome, kl_costs(policy, held_out))
     value.save(args.out, fingerprint=fingerprint(model), model=str(args.model), method=args.method,
                **settings, reward=args.reward, rollouts=args.rollouts, rounds=args.rounds, tokens=args.tokens,

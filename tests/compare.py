@@ -273,7 +273,7 @@ def own_kl(args, table, prompts, guide, budgets):
             guided = Guided(guide.value, witness.step_for_kl(pilot.mask, nats), args.candidates)
             table.row(f"guided {nats:g}", guided.step_size, 1 + args.candidates, control=guided)
     name = f"{args.guide} {budgets[0]:g}"
-    prefix = table.encoder.encode(args.prefix, allowed_special="all")
+    prefix = sample.encode(table.encoder, args.prefix)
     if prefix:
         table.row("prefix", prefix=prefix)
         if guide:

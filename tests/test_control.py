@@ -135,17 +135,19 @@ def rolled(hidden, mask):
     return Rollout(**{**dict.fromkeys(Rollout.__dataclass_fields__), "hidden": hidden, "mask": mask})
 
 
-@pytest.mark.parametrize("steps, radius", [(1, 1e3), (3, 1e3), (1, 0.5)])
-def test_step_for_kl(steps, radius):
+@pytest.mark.parametrize("steps, radius, texts", [(1, 1e3, 1), (3, 1e3, 1), (1, 0.5, 1), (1, 1e3, 7)])
+def test_step_for_kl(steps, radius, texts):
+    """On 14 states, and on 98, which it takes in parts of 64."""
     value, hidden = scene(1)
-    model, mask = Head(30, 16), torch.arange(4) < torch.tensor([4, 1, 2, 3, 4])[:, None]
-    rollout = rolled(hidden.view(5, 4, 16), mask)
+    model, mask = Head(30, 16), torch.arange(4) < torch.tensor([4, 1, 2, 3, 4] * texts)[:, None]
+    hidden = torch.cat([hidden * (1 + i) for i in range(texts)])
+    rollout = rolled(hidden.view(5 * texts, 4, 16), mask)
     control = Controller(value, steps, radius=radius)
     step = step_for_kl(model, control, rollout, 0.3)
     real = rollout.hidden[mask]
     moved = real + ascend(value, real, steps, step, radius)
     pair = [Categorical(logits=model.unembed(h).double()) for h in (moved, real)]
-    assert reference_kl(*pair).sum().item() / 5 == pytest.approx(0.3, rel=2e-3)
+    assert reference_kl(*pair).sum().item() / (5 * texts) == pytest.approx(0.3, rel=2e-3)
     assert control.step_size == 1.0                            # not touched
 
 

@@ -19,6 +19,7 @@ import model as model_module
 import sample
 import train_value
 from conftest import ROOT
+from control import Rollout
 from model import InputError
 from test_model import SHARED, write_checkpoint
 from value import sentiment, write_safetensors
@@ -123,15 +124,31 @@ def test_rounds_of_policy_iteration_and_excitation(here, capsys):
 
 def test_the_report_is_on_texts_like_those_learned_from(here, monkeypatch):
     """After a second round: drawn under the first round's control, and its KL, at beta, is a cost."""
-    reported = []
+    reported, controls, improve = [], [], train_value.improve
     monkeypatch.setattr(train_value, "report", lambda value, *rest: reported.append(rest))
-    for more in ([], ["--rounds", "2"], ["--excitation", "0.2"]):
+    monkeypatch.setattr(train_value, "improve",
+                        lambda *how, **more: controls.append(improve(*how, **more)) or controls[-1])
+    for more in (["--rounds", "2"], [], ["--excitation", "0.2"]):
         train_value.main([*TRAIN, *more])
-    (plain, _, no_costs), (controlled, _, costs), (after_excitation, _, none_either) = reported
+    (controlled, _, costs), (plain, _, no_costs), (after_excitation, _, none_either) = reported
     assert no_costs is None and none_either is None and not plain.kl.any() and not after_excitation.kl.any()
-    assert controlled.kl[controlled.mask].mean() > 1e-4
-    beta = costs[controlled.mask] / controlled.kl[controlled.mask]
-    assert beta.min() > 0 and torch.allclose(beta, beta[0].expand_as(beta))
+    assert controlled.kl[controlled.mask].mean() > 1e-4 and controls[0].step_size != controls[1].step_size
+    assert torch.equal(costs, controlled.kl / controls[0].step_size)
+    model, encoder, _, prompts = sample.load(sample.parse_args(SAMPLE))
+    again, _, _ = sample.roll_out(model, encoder, sentiment, prompts, 32, 8, 1, control=controls[0])
+    assert torch.equal(again.tokens, controlled.tokens)
+
+
+def test_the_report_counts_the_costs_still_to_come(capsys):
+    """A V that is the outcome itself has no error, and stands in the bins as it is."""
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]]).bool()
+    costs, rewards = 0.1 * torch.arange(12.0).view(4, 3), torch.tensor([1.0, -1.0, 0.5, 0.0])
+    outcome = torch.tensor([[0.7, 0.8, 1.0], [-1.4, -1.0, 0.0], [0.5, 0.0, 0.0], [-2.1, -1.1, 0.0]])
+    rollout = Rollout(**{**dict.fromkeys(Rollout.__dataclass_fields__), "mask": mask,
+                         "hidden": outcome[:, :, None]})
+    train_value.report(lambda hidden: hidden[:, :, 0], rollout, rewards, costs)
+    out = capsys.readouterr().out
+    assert "outcome 0.0000," in out and out.count("V -1.750   outcome -1.750") == 1
 
 
 def test_several_values_are_one_weighted_sum(here, capsys):
@@ -379,8 +396,9 @@ REFUSED_BY_SAMPLE = {
     "JSON without a name": (["--json", ""], "--json"),
     "prefix beyond the context": (["--prefix", "the plot" * 40], "--prefix"),
     "prefix beside a long prompt": (["--prefix", "the plot " * 13, "--prompt", "the plot " * 15], "--prefix"),
-    "prefix not UTF-8": (["--prefix", "the \udcff plot"], "prompt"),
+    "prefix not UTF-8": (["--prefix", "the \udcff plot"], "--prefix"),
     "value absent": (["--value", "absent.safetensors"], "absent.safetensors"),
+    "value without a name": (["--value", ""], "--value"),
     "value a directory": (["--value", "folder"], "folder: cannot be read"),
     "value cut off": (["--value", "short.safetensors"], "short.safetensors"),
     "value is the model": (["--value", f"{TOY}/model.safetensors"], "model.safetensors"),
@@ -404,6 +422,7 @@ REFUSED_BY_TRAIN_VALUE = {
     "ridge of a net": (["--ridge", "5"], "--method q has no --ridge"),
     "width of a direction": (["--method", "static", "--width", "7"], "no --width"),
     "out below a file": (["--out", "file/value.safetensors"], "file/value.safetensors"),
+    "out without a name": (["--out", ""], "--out"),
     "out a directory": (["--out", "folder"], "folder"),
 }
 
@@ -441,7 +460,7 @@ def test_sample_refuses(case, mess, capsys):
 def test_the_batch_is_what_fits_in_memory():
     """Half the memory: half as many texts; and what a batch really takes stays within what it was given."""
     model = model_module.GPT(model_module.Config(50257, 600, 64, 2, 8, 256)).eval().requires_grad_(False)
-    fit = [sample.fit_batch(model, [[0] * 500], 32, gib * 2 ** 30) for gib in (9.0, 1.0, 0.5, 0.25)]
+    fit = [sample.fit_batch(model, 500, 32, gib * 2 ** 30) for gib in (9.0, 1.0, 0.5, 0.25)]
     assert fit[0] == 256 and fit[1] > fit[2] > fit[3] and all(2 * b == a for a, b in zip(fit[1:], fit[2:]))
 
 
@@ -452,7 +471,7 @@ def test_a_batch_stays_within_its_memory():
                "from model import GPT, Config\n"
                "model = GPT(Config(50257, 600, 64, 2, 8, 256)).eval().requires_grad_(False).pack()\n"
                "prompts, spare = [[0] * 500], 2 ** 28\n"
-               "batch, cpu = sample.fit_batch(model, prompts, 32, spare), torch.device('cpu')\n"
+               "batch, cpu = sample.fit_batch(model, 500, 32, spare), torch.device('cpu')\n"
                "draw = lambda n: control.generate(model, prompts * n, torch.rand(n, 32), record=True, batch=n,\n"
                "                                  control=control.Controller(sample.ValueNet(64, 8), max_kl=0.1))\n"
                "draw(1); before = bench.memory(cpu, since_now=True); draw(batch)\n"
