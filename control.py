@@ -223,21 +223,22 @@ class Sampler:
     stream = None   # where graphs are warmed up and captured: one for all, as cuBLAS keeps memory for each
 
     def __init__(self, model, batch, size, n_tokens, decoding, control=None, record=False, report=True):
-        device, n_embd = model.wte.weight.device, model.config.n_embd
+        W, n_embd = model.wte.weight, model.config.n_embd
+        device = W.device
         self.model, self.decoding, self.control = model, decoding, control
         self.record, self.report, self.pushes = record, report, None
         if type(control) is Controller and not control.excitation:        # a subclass finds u its own way
             Q, self.R = span(control.value)
             if len(self.R) < n_embd:                           # u = e @ directions, so W u = pushes e:
                 self.directions = control.value.std * Q.T      # a product of V's width, not of n_embd
-                self.pushes = model.unembed(self.directions).T.to(model.wte.weight.dtype).contiguous()
+                self.pushes = W @ self.directions.T.to(W.dtype)                   # (n_vocab, k)
         self.cache = Cache(model, batch, size)
         # Made once: on a CPU the page faults of a fresh (B, n_vocab) cost more than the passes over it. With
         # nothing to report, the controlled logits and probs are written over the logits.
         buffers = torch.empty(4 if report else 2, batch, model.config.n_vocab, device=device)
         self.delta, self.logits = buffers[:2]
         self.moved, self.probs = buffers[2:] if report else (self.logits, self.logits)
-        self.hidden = torch.zeros(batch, n_embd, dtype=model.wte.weight.dtype, device=device)
+        self.hidden = torch.zeros(batch, n_embd, dtype=W.dtype, device=device)
         self.alive = torch.ones(batch, dtype=torch.bool, device=device)
         self.t = torch.zeros(1, dtype=torch.long, device=device)
         self.uniforms = torch.zeros(batch, n_tokens, device=device)

@@ -1,7 +1,7 @@
 """
 What the control costs and how fast the sampler is: ratios, all rows in one process and in turn.
 
-    python tests/bench.py                                    # gpt2's shape on this CPU, about ten minutes
+    python tests/bench.py                                    # gpt2's shape on this CPU, about 25 minutes
     python tests/bench.py --dtype bfloat16 --batches 1,32,256                    # on a GPU
     OMP_NUM_THREADS=1 python tests/bench.py                  # on a CPU that others use too
 
@@ -136,11 +136,10 @@ def needed(model, batch, slots):
     return model.wte.weight.itemsize * (weights + 2 * model.config.n_layer * batch * slots * model.config.n_embd)
 
 
-def control_of(args):
-    """One step on a V and an A of random weights."""
-    torch.manual_seed(args.seed)
-    n_embd = SHAPES[args.model][1]
-    return Controller(ValueNet(n_embd, args.width, lift=args.width).to(args.device).requires_grad_(False))
+def random_control(name, width, device):
+    """One step, for a GPT of that shape, on a V and an A of random weights."""
+    value = ValueNet(SHAPES[name][1], width, lift=width)
+    return Controller(value.to(device).requires_grad_(False))
 
 
 @torch.no_grad()
@@ -148,10 +147,12 @@ def peak(args, batch):
     """What `control` holds at most, over weights + cache. In a process that has held nothing else so far."""
     device, dtype = sample.device_of(args), getattr(torch, args.dtype)
     prompts, uniforms = [[1] * PROMPT] * batch, uniform_table(batch, args.tokens, 0)
-    generate(random_model("tiny", device, dtype).pack(), prompts[:1], uniforms[:1, :2])    # loads libraries
+    generate(random_model("tiny", device, dtype).pack(), prompts[:1], uniforms[:1, :2],    # loads libraries
+             control=random_control("tiny", 8, device))
     bare, model = memory(device, since_now=True), random_model(args.model, device, dtype).pack(batch)
+    control = random_control(args.model, args.width, device)
     memory(device, since_now=True)
-    generate(model, prompts, uniforms, control=control_of(args), report=False)
+    generate(model, prompts, uniforms, control=control, report=False)
     return (memory(device) - bare) / needed(model, batch, PROMPT + args.tokens)
 
 
@@ -185,7 +186,7 @@ def counts(text):
 @torch.no_grad()
 def main(argv=None):
     parser = sample.Parser(__doc__, seed=0)
-    parser.set_defaults(model="gpt2", tokens=64)
+    parser.set_defaults(model="gpt2", tokens=240)
     parser.add_argument("--batches", type=counts, default="1,32", help="texts side by side, commas between")
     parser.add_argument("--rounds", type=sample.count, default=5, help="of which the medians are printed")
     parser.add_argument("--width", type=sample.count, default=64, help="of V's hidden layer")
@@ -201,7 +202,7 @@ def main(argv=None):
         peaks = [processes.apply(peak, (args, batch)) for batch in args.batches]
     torch.manual_seed(args.seed)
     model = random_model(args.model, device, dtype)
-    theirs, control = transformers_model(model), control_of(args)
+    theirs, control = transformers_model(model), random_control(args.model, args.width, device)
     for batch, share in zip(args.batches, peaks):
         model.pack(batch)
         seconds = measure(make_rows(model, theirs, control, batch, args.tokens), args.rounds, device)
