@@ -600,6 +600,7 @@ def step_for_kl(model, control, rollout, nats, states=1024):
     log_p = [model.unembed(h).log_softmax(-1) for h in hidden]             # each (<= 64, n_vocab)
 
     def cost(step_size):
+        """KL of a step of that size, nats a text."""
         sized, total = replace(control, step_size=step_size), 0.0
         for h, log_p_h in zip(hidden, log_p):
             log_q = (log_p_h + model.unembed(sized(h))).log_softmax(-1)

@@ -424,8 +424,8 @@ def parse_args(argv):
         raise InputError(f"--temperature {args.temperature:g}: choose 0 (most probable token) or 0.001 up")
     if args.target < math.inf and args.temperature == 0:
         raise InputError("--target: of the draw on average, and --temperature 0 draws none; leave it out")
-    given = [name for name, setting in vars(args).items() if setting != parser.get_default(name)]
-    if idle := [name for name in given if name in OF and args.method not in OF[name]]:
+    if idle := [name for name, methods in OF.items()
+                if args.method not in methods and getattr(args, name) != parser.get_default(name)]:
         names = " and no --".join(idle).replace("_", "-")
         raise InputError(f"--method {args.method} has no --{names}; leave it out")
     if args.by == "value" and args.best_of == 1:

@@ -336,7 +336,7 @@ def iterate(args, model, rolled, settings):
     def log(net, epoch, loss):
         print(f"{net}  epoch {epoch + 1:2d}  squared error {loss:.4f}")
 
-    control, policy, first = None, None, None
+    control, first = None, None
     if args.excitation:
         torch.manual_seed(args.seed)
         control = excitation(rolled(256, args.seed, "pilot", record=True)[0], args.excitation)
@@ -349,7 +349,8 @@ def iterate(args, model, rolled, settings):
         if rewards.min() == rewards.max():
             raise InputError(f"every text has the reward {rewards[0]:g}: nothing to learn; choose another "
                              f"--reward")
-        first, policy = first or rollout, control if i else None             # an excitation is none
+        first = rollout if first is None else first
+        policy = control if i > 0 else None                    # an excitation is none
         control = improve(model, control, rollout, rewards, first, args.nats, settings, seed=args.seed,
                           log=log)
     return control, policy
@@ -371,7 +372,7 @@ def main(argv=None):
                                   record=True)
     if policy is not None:
         print("\nheld-out texts are drawn under the control of the round before; outcome: the reward less "
-              "the beta KL still to come", end="")
+              "the beta KL still to come")
     report(value, held_out, outcome, kl_costs(policy, held_out))
     value.save(args.out, fingerprint=fingerprint(model), model=str(args.model), method=args.method,
                **settings, reward=args.reward, rollouts=args.rollouts, rounds=args.rounds, tokens=args.tokens,

@@ -131,9 +131,10 @@ def bandwidth(device):
 
 def needed(model, batch, slots):
     """Bytes of the weights, and of the keys and values of so many tokens a text."""
+    config = model.config
     with torch.device("meta"):
-        weights = sum(weight.numel() for weight in GPT(model.config).parameters())
-    return model.wte.weight.itemsize * (weights + 2 * model.config.n_layer * batch * slots * model.config.n_embd)
+        weights = sum(weight.numel() for weight in GPT(config).parameters())
+    return model.wte.weight.itemsize * (weights + 2 * config.n_layer * batch * slots * config.n_embd)
 
 
 def random_control(name, width, device):

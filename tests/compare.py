@@ -61,12 +61,15 @@ def parse_args(argv):
     add("--settings", metavar="FILE", help="of training, from tests/tune.py (default: train_value.py's)")
     add("--check", metavar="NAME", help="another reward to print beside, which nothing is trained on")
     add("--methods", default=",".join(METHODS), help="which of " + ", ".join(METHODS))
-    add("--rounds", type=sample.count, default=1, help="of policy iteration, for methods that learn from draws")
+    add("--rounds", type=sample.count, default=1,
+        help="of policy iteration, for methods that learn from draws")
     add("--candidates", type=sample.number(int, 0, 2 ** 20), default=0, help="of guided decoding; 0: none")
-    add("--best-of", default="", help="numbers n: the best of n by the reward, and by V before the last token")
+    add("--best-of", default="",
+        help="numbers n: the best of n by the reward, and by V before the last token")
     add("--prefix", default="", metavar="TEXT", help="of prompting: comes before each prompt")
     add("--tuned", metavar="DIR", help="a fine-tuned model, from tests/finetune.py")
-    add("--guide", choices=METHODS, default="q", help="whose V, of the last rollouts, guides, judges and is combined")
+    add("--guide", choices=METHODS, default="q",
+        help="whose V, of the last rollouts, guides, judges and is combined")
     add("--optimum", type=sample.count, help="uncontrolled texts an opening to estimate the best gain from")
     add("--test-seed", type=sample.number(int, 0, 2 ** 62), default=1000, help="of the draws reported on")
     add("--json", metavar="FILE", help="write every text and figure there")
@@ -116,13 +119,15 @@ class Table:
 
     def __init__(self, args, model, encoder, prompts, asked):
         self.args, self.model, self.encoder, self.prompts, self.asked = args, model, encoder, prompts, asked
-        self.reward, self.check = [name and load_reward(name, args.device) for name in (args.reward, args.check)]
+        self.reward = load_reward(args.reward, args.device)
+        self.check = args.check and load_reward(args.check, args.device)
         toy = (Path(args.model) / "grammar.py").is_file()
         self.clusters = None if toy else sample.in_turn(range(len(prompts)), args.samples * len(prompts))
         self.results, self.figures, self.frontier = {}, {}, None
-        print(f"{len(prompts)} openings x {args.samples} samples a row, {args.rollouts} rollouts of {args.tokens} "
-              f"tokens, seeds {args.seed} and {args.test_seed}\n\n{'method':30}{'step':>8}{'KL':>7}{'a token':>8}"
-              f"{'reward':>8}  {'gain':16}{'>0':>5}{'ppl':>8}{'div':>6}  {'distinct-1/2/3':17}{'tok/s':>7}{'fwd':>5}"
+        print(f"{len(prompts)} openings x {args.samples} samples a row, {args.rollouts} rollouts of "
+              f"{args.tokens} tokens, seeds {args.seed} and {args.test_seed}\n\n"
+              f"{'method':30}{'step':>8}{'KL':>7}{'a token':>8}{'reward':>8}  {'gain':16}{'>0':>5}{'ppl':>8}"
+              f"{'div':>6}  {'distinct-1/2/3':17}{'tok/s':>7}{'fwd':>5}"
               f"{'  check' if args.check else ''}{'  share' if toy or args.optimum else ''}")
         base, earned = self.row("uncontrolled", record=toy)
         if toy:
@@ -133,8 +138,8 @@ class Table:
         self.exact = self.frontier if toy else None
 
     def roll_out(self, prompts, samples, seed, gpt=None, **how):
-        return sample.roll_out(gpt or self.model, self.encoder, self.reward, prompts, samples, self.args.tokens,
-                               seed, batch=self.args.batch, **how)
+        return sample.roll_out(gpt or self.model, self.encoder, self.reward, prompts, samples,
+                               self.args.tokens, seed, batch=self.args.batch, **how)
 
     def row(self, label, step=math.nan, forwards=1, gpt=None, note="", **how):
         """Draw a row's texts, print and keep its figures -> (Rollout, rewards)."""
@@ -233,9 +238,10 @@ def curve(args, table, prompts, method, value, first, settings, note):
         controls.append(control)
         if args.rounds > 1 and "draws" in settings:
             for i in range(1, args.rounds):
-                texts = table.roll_out(prompts, len(first.mask), args.seed + 10_000 * i, record=True, earned=True,
-                                       control=control)
-                control = improve(table.model, control, *texts[:2], first, nats, settings, args.radius, args.seed)
+                texts = table.roll_out(prompts, len(first.mask), args.seed + 10_000 * i, record=True,
+                                       earned=True, control=control)
+                control = improve(table.model, control, *texts[:2], first, nats, settings, args.radius,
+                                  args.seed)
             table.row(f"{method} {nats:g}, {args.rounds} rounds{note}", control.step_size, control=control)
     return controls
 
@@ -250,8 +256,8 @@ def show_equal_kl(figures, methods, budgets, note=""):
     print(f"\n{'gain at equal KL' + note:30}" + "".join(f"{nats + ' nats':>22}" for nats in budgets))
     ours = {}
     for method in methods:
-        rows = sorted((figures[f"{method} {nats}{note}"]["kl_text"] ** 0.5, figures[f"{method} {nats}{note}"]["gain"])
-                      for nats in (f"{float(nats):g}" for nats in budgets))
+        drawn = [figures[f"{method} {float(nats):g}{note}"] for nats in budgets]
+        rows = sorted((f["kl_text"] ** 0.5, f["gain"]) for f in drawn)
         cells = []
         for nats in budgets:
             root, points = float(nats) ** 0.5, [(0.0, 0.0), *rows]

@@ -97,8 +97,8 @@ def main(argv=None):
     started = time.time()
     model, encoder, _, prompts = sample.load(args)
     reward = load_reward(args.reward, args.device)
-    rollout, rewards, _ = sample.roll_out(model, encoder, reward, prompts, args.rollouts, args.tokens, args.seed,
-                                          batch=args.batch, progress=sample.progress("rollouts"))
+    rollout, rewards, _ = sample.roll_out(model, encoder, reward, prompts, args.rollouts, args.tokens,
+                                          args.seed, batch=args.batch, progress=sample.progress("rollouts"))
     rolled_out = time.time()
     pairs = make_pairs(rewards.cpu(), len(prompts))
     if not len(pairs):
@@ -110,8 +110,8 @@ def main(argv=None):
             "parameters": sum(p.numel() for p in model.parameters()),
             "memory": peak_memory(model.wte.weight.device)}
     save(model, args.model, args.out, cost)
-    print(f"{args.out}: {cost['parameters']:,} parameters tuned; rollouts {cost['rollout_seconds']:.0f} s, tuning "
-          f"{cost['seconds']:.0f} s, peak memory {cost['memory']:.0f} MiB")
+    print(f"{args.out}: {cost['parameters']:,} parameters tuned; rollouts {cost['rollout_seconds']:.0f} s, "
+          f"tuning {cost['seconds']:.0f} s, peak memory {cost['memory']:.0f} MiB")
 
 
 if __name__ == "__main__":

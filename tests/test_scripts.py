@@ -183,9 +183,10 @@ def test_a_target_below_every_value_is_no_control(here, capsys):
 
 
 def test_guided_decoding(here, capsys):
-    sample.main([*SAMPLE, "--method", "guided", "--candidates", "5", "--step-size", "0", "--json", "none.json"])
+    guided = [*SAMPLE, "--method", "guided", "--candidates", "5"]
+    sample.main([*guided, "--step-size", "0", "--json", "none.json"])
     assert texts(written("none.json"), "guided") == texts(written("none.json"), "uncontrolled")
-    sample.main([*SAMPLE, "--method", "guided", "--candidates", "5", "--step-size", "30", "--json", "guided.json"])
+    sample.main([*guided, "--step-size", "30", "--json", "guided.json"])
     assert written("guided.json")["guided"]["figures"]["kl_text"] > 0.01
     assert "value-guided decoding: 5 candidates" in capsys.readouterr().out
 
@@ -197,8 +198,8 @@ def test_a_prefix_is_seen_by_the_model_and_by_nothing_else(here, capsys):
     assert "prefix: 'the cast was lovely . '" in capsys.readouterr().out
     assert all(text.startswith(("the", "this")) and "the cast was lovely . the" not in text
                for text in texts(run, "base"))
-    assert run["base"]["figures"]["reward"] > run["uncontrolled"]["figures"]["reward"] + 0.1    # moods persist
-    assert 0.005 < run["base"]["figures"]["kl_text"] < 2      # a mean of log-ratios, so not sure to be positive
+    assert run["base"]["figures"]["reward"] > run["uncontrolled"]["figures"]["reward"] + 0.1   # moods persist
+    assert 0.005 < run["base"]["figures"]["kl_text"] < 2    # a mean of log-ratios, not sure to be positive
     sample.main([*SAMPLE, *how, "--temperature", "0.9"])
     assert written("run.json")["base"]["figures"]["kl_text"] is None           # not known there
 
@@ -224,9 +225,10 @@ def test_best_of_n_keeps_the_best(method, by, here, capsys):
 
 def test_the_base_model_needs_no_value_net(here):
     (here / "out" / "value.safetensors").unlink()
-    sample.main([*SAMPLE, "--method", "base", "--reward", "sentiment", "--best-of", "2", "--json", "run.json"])
+    base = [*SAMPLE, "--method", "base", "--reward", "sentiment", "--json", "run.json"]
+    sample.main([*base, "--best-of", "2"])
     assert set(written("run.json")) == {"settings", "uncontrolled", "base"}
-    sample.main([*SAMPLE, "--method", "base", "--reward", "sentiment", "--json", "run.json"])
+    sample.main(base)
     assert set(written("run.json")) == {"settings", "uncontrolled"}
 
 
@@ -394,7 +396,7 @@ REFUSED_BY_SAMPLE = {
     "candidates, not guided": (["--candidates", "7"], "--method control has no --candidates"),
     "sign, no control": (["--method", "base", "--sign", "-1"], "no --sign"),
     "JSON without a name": (["--json", ""], "--json"),
-    "prefix beyond the context": (["--prefix", "the plot" * 40], "--prefix"),
+    "prefix beyond the context": (["--prefix", "the plot" * 40], "context of 64"),
     "prefix beside a long prompt": (["--prefix", "the plot " * 13, "--prompt", "the plot " * 15], "--prefix"),
     "prefix not UTF-8": (["--prefix", "the \udcff plot"], "--prefix"),
     "value absent": (["--value", "absent.safetensors"], "absent.safetensors"),
@@ -466,7 +468,7 @@ def test_the_batch_is_what_fits_in_memory():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 def test_a_batch_stays_within_its_memory():
-    """The peak of drawing one, long prompts, states recorded, over what it was fitted to: in a process of its own."""
+    """The peak of drawing one, long prompts, states recorded, over what it was fitted to, in its own process."""
     program = ("import sys; sys.path[:0] = sys.argv[1:]; import torch, bench, sample, control\n"
                "from model import GPT, Config\n"
                "model = GPT(Config(50257, 600, 64, 2, 8, 256)).eval().requires_grad_(False).pack()\n"

@@ -227,7 +227,7 @@ def test_the_optimum_from_samples_is_the_exact_one(toy):
     """Texts re-weighted by exp(reward / beta) against dynamic programming over the grammar."""
     model, encoder, prompts, _, _, others = toy
     exact = Exact(model, encoder, prompts, others, TOKENS)
-    rewards = torch.tensor(sentiment(sample.decode(encoder, [prompts[i % 2] for i in range(4000)], others, 286)))
+    rewards = torch.tensor(sentiment(sample.decode(encoder, sample.in_turn(prompts, 4000), others, 286)))
     tilted = Tilted(rewards, [i % 2 for i in range(4000)])
     for kl in (0.05, 0.1, 0.3, 0.5):
         assert tilted.best(kl) == pytest.approx(exact.best(kl), rel=0.03)
