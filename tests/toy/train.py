@@ -20,8 +20,7 @@ import torch.nn.functional as F
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 import grammar                                                                        # noqa: E402
-from model import GPT, TRANSPOSED, Config                                             # noqa: E402
-from value import BYTES, load_tokenizer, write_safetensors                            # noqa: E402
+from model import BYTES, GPT, TRANSPOSED, Config, load_tokenizer                      # noqa: E402
 
 CONTEXT = 64     # positions of the model
 LONGEST = 48     # tokens of a review it is trained on; the few longer ones are cut, not dropped
@@ -83,14 +82,21 @@ def excess(model, encoder, n=20_000, seed=1):
 
 
 def save(model, config):
+    """config.json and model.safetensors (github.com/huggingface/safetensors): a header, the data."""
     raw = {"model_type": "gpt2", "activation_function": "gelu_new", "vocab_size": config.n_vocab,
            "n_positions": config.n_positions, "n_embd": config.n_embd, "n_layer": config.n_layer,
            "n_head": config.n_head, "layer_norm_epsilon": config.eps,
-           "bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+           "bos_token_id": config.bos, "eos_token_id": config.ends[0]}
     (HERE / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
-    write_safetensors(HERE / "model.safetensors",
-                      {name: tensor.T if name.endswith(TRANSPOSED) else tensor
-                       for name, tensor in model.state_dict().items()}, {"format": "pt"})
+    header, data = {"__metadata__": {"format": "pt"}}, b""
+    for name, tensor in model.state_dict().items():
+        tensor = tensor.T if name.endswith(TRANSPOSED) else tensor
+        more = tensor.contiguous().numpy().tobytes()
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape),
+                        "data_offsets": [len(data), len(data) + len(more)]}
+        data += more
+    text = json.dumps(header).encode()
+    (HERE / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
 
 
 def main():
@@ -103,14 +109,17 @@ def main():
     torch.manual_seed(0)
     tokens = vocabulary()
     (HERE / "vocab.json").write_text(json.dumps(tokens, indent=0) + "\n", encoding="utf-8")
+    # Its words are not made of pairs: each is written as a merge of its first character and the rest.
+    lines = [f"{token[0]} {token[1:]}" for token in tokens if len(token) > 1 and token != grammar.END]
+    (HERE / "merges.txt").write_text("\n".join(["#version: 0.2", *lines, ""]), encoding="utf-8")
     end = len(tokens) - 1
     config = Config(n_vocab=len(tokens), n_positions=CONTEXT, n_embd=64, n_layer=2, n_head=4,
-                    n_inner=256, bos_token_id=end, eos_token_id=end)
+                    n_inner=256, bos=end, ends=[end])
     model = GPT(config)
     for name, weight in model.named_parameters():
         if weight.dim() == 2:
             torch.nn.init.normal_(weight, std=0.05)
-    encoder = load_tokenizer(HERE)
+    encoder = load_tokenizer(HERE).encoding
     train(model, encoder, args.steps, args.batch, args.rate)
     save(model, config)
     print(f"cross-entropy above the grammar's: {excess(model, encoder):.4f} nats a token")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent / "toy"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "toy"))
 import grammar                                                                        # noqa: E402
 
 BETAS = [40, 30, 20, 16, 12, 10, 8, 6, 5, 4, 3.5, 3, 2.5, 2, 1.75, 1.5, 1.25, 1.1, 1, .9, .8, .7, .6, .5, .4,
@@ -55,9 +55,9 @@ class Tilted(Frontier):
 
 
 class Exact(Frontier):
-    def __init__(self, model, encoder, prompts, rollout, n_tokens):
+    def __init__(self, model, tokenizer, prompts, rollout, n_tokens):
         """`rollout`: uncontrolled texts with states recorded, the prompts taken in turn."""
-        self.spelling = [encoder.decode_single_token_bytes(i).decode(errors="replace")
+        self.spelling = [tokenizer.encoding.decode_single_token_bytes(i).decode(errors="replace")
                          for i in range(model.config.n_vocab)]
         self.n_tokens = n_tokens
         self.states, self.where, parsed = [], [], 0
