@@ -210,7 +210,7 @@ def main(argv=None):
                  in zip(rows, rollout.tokens.cpu(), rollout.mask.cpu())]
         results[label] = rollout, reward([text or " " for text in texts]), texts
         traces[label] = [
-            trace(model, tokenizer, value, reward, rows[i], rollout, i, partial(steer, model, **how))
+          trace(model, tokenizer, value, reward, rows[i], rollout, i, partial(steer, model, **how))
             for i in range(min(args.show, args.samples))]
     show_pairs(traces)
     if args.svg and args.show:

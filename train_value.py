@@ -19,7 +19,6 @@ import functools
 import math
 import os
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -171,17 +170,16 @@ def main(argv=None):
     print(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, frozen, "
           f"{args.dtype} on {args.device}; {len(prompts)} prompts; reward {args.reward} "
           f"{getattr(reward, 'label', '')}" + f"; left out {[*model.extra]}" * bool(model.extra))
-    started = time.time()
 
     def roll_out(samples, seed, label):
         rows = [prompts[i % len(prompts)] for i in range(samples)]
         rollout = generate(model, rows, uniform_table(samples, args.tokens, seed), record=True,
                            progress=functools.partial(progress, f"{label} drawn"))
-        show = functools.partial(progress, f"{label} scored")
-        return rollout, partial_rewards(reward, tokenizer, rows, rollout, step_rewards, show)
+        return rollout, partial_rewards(reward, tokenizer, rows, rollout, step_rewards,
+                                        functools.partial(progress, f"{label} scored"))
     rollout, partial = roll_out(args.rollouts, args.seed, "rollouts")
-    rewards = partial.diff(dim=1).float().to(args.device)                    # (N, T)
-    mean, spread = partial[:, -1].mean().item(), partial[:, -1].std().item()
+    rewards = partial.diff(dim=1).float().to(args.device)                   # (N, T)
+    spread, mean = torch.std_mean(partial[:, -1])
     print(f"{args.rollouts} rollouts: reward {mean:.3g}, standard deviation {spread:.3g}")
     if not spread > 0:
         raise InputError(f"every text has the reward {mean:g}; choose a --reward that varies")
@@ -191,8 +189,7 @@ def main(argv=None):
     step = step_for_kl(model, lambda h, size: ascend(value, h, 1, size, radius), rollout, NATS)
     report(value, *roll_out(HELD_OUT, args.seed + 1, "held-out"))
     value.save(args.out, model, info | {"step_size": step, "radius": radius, "nats": NATS})
-    print(f"{args.out}: {sum(p.numel() for p in value.parameters()):,} parameters, step size {step:.3g}"
-          f", {time.time() - started:.0f} s")
+    print(f"{args.out}: {sum(p.numel() for p in value.parameters()):,} parameters; step {step:.3g}")
 
 if __name__ == "__main__":
     try:
