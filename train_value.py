@@ -65,9 +65,8 @@ def whitening(scores, W):
     M: second moment of the scores plus that of uniformly chosen tokens. T makes draws alike in all
     directions, so that AdamW favours none; the second part binds those that only rare tokens have.
     """
-    W = W - W.mean(0)
-    M = scores.T @ scores / len(scores) + W.T @ W / len(W)
-    sizes, axes = torch.linalg.eigh(M.double())
+    scores, W = scores.double(), W.double() - W.double().mean(0)    # float32 loses small directions
+    sizes, axes = torch.linalg.eigh(scores.T @ scores / len(scores) + W.T @ W / len(W))
     return (axes / sizes.clamp(min=1e-10 * sizes.max()).sqrt() @ axes.T).float()
 
 def train(model, rollout, rewards, gradient_head, lam, standardised, seed, show=lambda *_: None):

@@ -39,6 +39,8 @@ class ValueNet(nn.Module):
         self.body = nn.Sequential(nn.Linear(n_embd, width), nn.Tanh())
         self.value_head = nn.Linear(width, 1)
         self.gradient_head = nn.Linear(width, n_embd, bias=False) if gradient_head else None
+        if gradient_head:
+            nn.init.zeros_(self.gradient_head.weight)           # starts from no control
         self.register_buffer("mean", torch.zeros(n_embd))       # of the training states
         self.register_buffer("std", torch.ones(n_embd))
 
@@ -64,11 +66,10 @@ class ValueNet(nn.Module):
         return self.value_head(f).squeeze(-1) + (self.gradient_head(f) * score).sum(-1)
 
     def save(self, path, model, info):
-        """Write the net, `info` on how it was trained, and what its model computes; or nothing."""
+        """Write the net, how it was trained, and what its model computes; or nothing."""
         part = Path(f"{path}.part")
         part.parent.mkdir(parents=True, exist_ok=True)
-        shape = {"n_embd": len(self.mean), "width": self.value_head.in_features,
-                 "gradient_head": self.gradient_head is not None}
+        shape = (len(self.mean), self.value_head.in_features, self.gradient_head is not None)
         torch.save({"shape": shape, "weights": self.state_dict(), "info": info,
                     "signature": signature(model)}, part)
         os.replace(part, path)
@@ -78,7 +79,7 @@ class ValueNet(nn.Module):
         """The net saved at `path`, frozen, with its .info. InputError if it is none."""
         try:
             saved = torch.load(path, weights_only=True, map_location="cpu")
-            value = cls(**saved["shape"])
+            value = cls(*saved["shape"])
             value.load_state_dict(saved["weights"])
             value.info, value.signature = saved["info"], saved["signature"]
         except Exception as error:      # of a foreign file torch.load may raise anything
@@ -141,21 +142,21 @@ def sentiment(texts):
 
 class RewardModel:
     """
-    A GPT2ForSequenceClassification as a reward: its logit, or with several labels the log-odds of
-    `label` (by default the last), at a text's last token.
+    A GPT2ForSequenceClassification as a reward, read at a text's last token: its logit, or with
+    several labels the log-odds of `label` (by default the last).
     """
     def __init__(self, name, label=None, device="cpu", tokenizer=None):
         self.gpt, self.tokenizer = load(name, tokenizer, device)
-        self.weight = self.gpt.extra.get("score.weight")        # (labels, n_embd)
-        if self.weight is None:
+        if "score.weight" not in self.gpt.extra:
             raise InputError(f"{name}: a GPT-2 without score.weight, no classifier; choose another")
+        self.weight = self.gpt.extra["score.weight"]            # (labels, n_embd)
         self.bias = self.gpt.extra.get("score.bias", 0)
-        names = read_json(Path(name) / "config.json").get("id2label", {})
+        names = read_json(Path(name, "config.json")).get("id2label", {})
         labels = [str(names.get(str(i), i)) for i in range(len(self.weight))]
         self.label = label or labels[-1]
-        if self.label not in labels:
-            raise InputError(f"{name}: no label {label}; choose one of {', '.join(labels)}")
         self.chosen = torch.tensor([name == self.label for name in labels])
+        if not self.chosen.any():
+            raise InputError(f"{name}: no label {label}; choose one of {', '.join(labels)}")
 
     @torch.no_grad()
     def __call__(self, texts, batch=64):
@@ -163,8 +164,8 @@ class RewardModel:
         N texts -> (N,); the last tokens of a text beyond the context. A text that begins another is
         scored along with it: step rewards cost one pass a text, not one a token.
         """
-        context, encoding = self.gpt.config.n_positions, self.tokenizer.encoding
-        rows = [tuple(encoding.encode_ordinary(text)[-context:]) for text in texts]
+        context, encode = self.gpt.config.n_positions, self.tokenizer.encoding.encode_ordinary
+        rows = [tuple(encode(text)[-context:]) for text in texts]
         ordered, whole, scores = sorted(set(rows)), {}, {}      # beginnings come before the whole
         for row, following in zip(ordered[::-1], [(), *ordered[:0:-1]]):
             whole[row] = whole[following] if following[:len(row)] == row else row
@@ -184,9 +185,9 @@ def load_reward(spec, device="cpu", tokenizer=None):
     if spec == "sentiment":
         return checked(sentiment, spec)
     name, part = spec.rsplit(":", 1) if ":" in spec else (spec, None)
-    path = Path(name).resolve()
-    if path.suffix != ".py":
+    if Path(name).suffix != ".py":
         return RewardModel(name, part, device, tokenizer)
+    path = Path(name).resolve()
     alias = f"reward_{path.stem}" if path.stem in sys.modules else path.stem
     found = importlib.util.spec_from_file_location(alias, path)
     module = sys.modules[alias] = importlib.util.module_from_spec(found)    # pickle looks there
