@@ -143,8 +143,8 @@ class Sampler:
         tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)        # (B, T)
         self.uniforms.copy_(uniforms)
         self.alive.fill_(True)
-        self.t.zero_()
-        self.cache.lengths.zero_()
+        for buffer in (self.t, self.cache.lengths, self.out.mask):
+            buffer.zero_()
         self.cache.used = 0
         hidden = self.model(tokens, self.cache, lengths)                        # (B, T, n_embd)
         self.hidden.copy_(hidden[torch.arange(len(rows)), lengths - 1])

@@ -195,8 +195,8 @@ def main(argv=None):
     rows = [prompts[i % len(prompts)] for i in range(args.samples)]
     radius = info["radius"] if args.radius is None else args.radius
     step_size = args.strength * info["step_size"] / args.steps
-    print(f"{name}, {len(prompts)} prompts; {args.value}, method {info['method']}, reward "
-          f"{info['reward']}; control: {args.steps} x step size {step_size:.3g}")
+    print(f"model {name}, {len(prompts)} prompts; net {args.value}\nmethod {info['method']}, "
+          f"reward {info['reward']}; control: {args.steps} x step size {step_size:.3g}")
 
     def controller(hidden):
         return ascend(value, hidden, args.steps, step_size, radius)

@@ -55,10 +55,9 @@ class ValueNet(nn.Module):
         """hidden (..., n_embd) -> g (..., n_embd), the direction in which control pushes hidden"""
         if self.gradient_head is not None:
             return self.gradient_head(self.features(hidden))
-        with torch.enable_grad():                               # dV/dx in the coordinates of h
+        with torch.enable_grad():
             hidden = hidden.detach().float().requires_grad_()
-            slope, = torch.autograd.grad(self(hidden).sum(), hidden)
-        return self.std ** 2 * slope
+            return self.std ** 2 * torch.autograd.grad(self(hidden).sum(), hidden)[0]
 
     def q(self, hidden, score):
         """hidden, score (..., n_embd) -> Q(h, y) (...), the value of the draw with that score"""
@@ -155,7 +154,7 @@ class RewardModel:
         labels = [str(names.get(str(i), i)) for i in range(len(self.weight))]
         self.label = label or labels[-1]
         self.chosen = torch.tensor([name == self.label for name in labels])
-        if not self.chosen.any():
+        if self.label not in labels:
             raise InputError(f"{name}: no label {label}; choose one of {', '.join(labels)}")
 
     @torch.no_grad()

@@ -1,22 +1,42 @@
-"""Puts the repository root on sys.path: the modules are single files, nothing is installed."""
+"""Puts the repository on sys.path (nothing is installed), keeps tests off the network and threads few."""
+import json
+import os
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-import os                                                                             # noqa: E402
+SHARED = ROOT.parent / "shared"
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "toy"), str(ROOT / "tests" / "evidence")]
+if (SHARED / "tiktoken_cache").is_dir():
+    os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
 
 import pytest                                                                         # noqa: E402
+import torch                                                                          # noqa: E402
+
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch, tmp_path):
-    """The user's own cache, token and mirror play no part in any test, and the hub is out of reach."""
-    for name in ("HF_HUB_CACHE", "HF_TOKEN", "HF_TOKEN_PATH", "XDG_CACHE_HOME", "TRANSFORMERS_OFFLINE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HF_HOME", str(tmp_path / "no-cache"))
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    if os.environ.get("HF_HUB_OFFLINE"):
-        monkeypatch.delenv("HF_HUB_OFFLINE")
+    """The user's own caches play no part, and the hub is out of reach."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "none"))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+
+    def refuse(url, *_, **__):
+        raise OSError(f"no network in tests: {url}")
+    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
+
+
+NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8"}
+
+
+def write_safetensors(path, tensors):
+    """The format of model.read_safetensors, written."""
+    header, data = {"__metadata__": {"format": "pt"}}, b""
+    for name, tensor in tensors.items():
+        more = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        header[name] = {"dtype": NAMES[tensor.dtype], "shape": list(tensor.shape),
+                        "data_offsets": [len(data), len(data) + len(more)]}
+        data += more
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data)
