@@ -128,11 +128,10 @@ def svg(texts):
                 gain = sum(text["gain"][t] for t in places)
                 x, width = 8 + 7.8 * column, 7.8 * len(piece)
                 tint = WEB.get(level(gain), "#f4f4f4")
-                piece = html.escape(piece)
+                piece = html.escape(piece).replace(" ", "\u00a0")       # a plain one is trimmed
                 out.append(f'<rect x="{x:.1f}" y="{y - 15}" width="{width:.1f}" height="20" '
                            f'fill="{tint}"><title>{piece} {gain:+.2f} nats</title></rect>'
-                           f'<text x="{x:.1f}" y="{y}" textLength="{width:.1f}" '
-                           f'xml:space="preserve">{piece}</text>')
+                           f'<text x="{x:.1f}" y="{y}" textLength="{width:.1f}">{piece}</text>')
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 740 {y + 14}" {font}>'
             f'<rect width="740" height="{y + 14}" fill="#f4f4f4"/>{"".join(out)}</svg>')
 
@@ -170,7 +169,7 @@ def parse_args(argv):
     what("--samples", type=int, default=1000, help="texts, the prompts in turn")
     what("--tokens", type=int, default=32, help="tokens drawn a text, at most")
     what("--temperature", type=float, default=1.0, help="divides the logits before each draw")
-    what("--seed", type=int, default=1000, help="of the draws")
+    what("--seed", type=int, default=1002, help="of the draws")
     what("--show", type=int, default=2, help="pairs of texts shown")
     what("--svg", type=Path, help="the first pair as a picture")
     where = parser.add_argument_group("the model and the net").add_argument

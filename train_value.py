@@ -34,7 +34,7 @@ NATS = 0.5          # a text: what the saved step size costs
 RADIUS = 10.0       # of the ball: wide, since the nats are what bounds a step
 HELD_OUT = 1000     # texts to report on
 RATE, EPOCHS, BATCH, DECAY = 0.01, 4, 64, 1.0       # of AdamW; BATCH in texts
-TOY = Path(__file__).with_name("tests") / "toy"
+TOY = os.path.relpath(Path(__file__).with_name("tests") / "toy")
 
 def progress(label, done, total):
     if sys.stderr.isatty():
@@ -159,7 +159,7 @@ def main(argv=None):
     args = parse_args(argv)
     settings = dict(METHODS[args.method])
     step_rewards = settings.pop("step_rewards") and not args.no_step_rewards
-    info = vars(args) | {"model": str(args.model), "step_rewards": step_rewards}
+    info = vars(args) | {"step_rewards": step_rewards}
     del info["out"], info["device"], info["no_step_rewards"]
     check_out(args.out, info)
     model, tokenizer = load(args.model, args.tokenizer, args.device, getattr(torch, args.dtype))

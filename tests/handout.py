@@ -16,8 +16,8 @@ from pathlib import Path
 ROOT, TESTS, LIMIT = Path(__file__).resolve().parents[1], "tests/test_exercises.py", 60        # seconds
 EXERCISES = [               # number, file, function, pytest -k, minutes, difficulty from 1 to 3
     (1, "model.py", "Cache.store", "store", 20, 2), (2, "value.py", "bellman_targets", "targets", 15, 1),
-    (3, "control.py", "ascend", "ascend", 15, 1), (4, "control.py", "kl_ball", "kl_ball", 40, 3),
-    (5, "control.py", "draw", "draw", 30, 2), (6, "train_value.py", "whitening", "whitening", 20, 2)]
+    (3, "control.py", "ascend", "ascend", 15, 1), (4, "control.py", "kl_ball", "kl_ball", 30, 3),
+    (5, "control.py", "draw", "draw", 25, 2), (6, "train_value.py", "whitening", "whitening", 15, 2)]
 
 def find(source, function):             # -> the function's node, and its statements below the docstring
     node = ast.parse(source)

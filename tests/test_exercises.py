@@ -215,6 +215,15 @@ def test_whitening_whitens():
          1 / torch.linalg.eigvalsh(M)[-1].sqrt(), 1e-3)
 
 
+def test_whitening_of_short_directions():
+    axes, sizes = torch.linalg.qr(random(6, 6))[0], torch.tensor([1., 1., 1., 1., 1., 1e-4])
+    scores, W = random(500, 6) * sizes @ axes, random(40, 6, seed=1) * sizes @ axes
+    T, centred = train_value.whitening(scores, W).double(), (W - W.mean(0)).double()
+    M = scores.double().T @ scores.double() / 500 + centred.T @ centred / 40
+    same("T M T = 1, where one direction has 1e-8 of the others' variance: use float64", T @ M @ T,
+         torch.eye(6), 0.02)
+
+
 def test_whitening_of_directions_without_a_draw():
     scores, W = random(500, 6) * torch.tensor([1., 1., 1., 1., 1., 0.]), random(40, 6, seed=1)
     W[:, 5] = 2.0                                               # no token differs there

@@ -21,8 +21,9 @@ WRONG = {       # {function: [(what, in the finished body as ast.unparse writes 
                 ("return low", "return low ** 0"), ("0.99 * max_kl", "0.5 * max_kl")],
     "draw": [("return ", "return 0 * "), ("uniform.double()", "(1 - uniform.double())"), ("cdf - sums", "cdf"),
              ("* block + ", "* 256 + "), ("rest, right=True", "rest")],
-    "whitening": [("W - W.mean(0)", "W"), (" / len(scores)", ""), (".sqrt()", ""), (" / sizes.clamp", " * sizes.clamp"),
-                  ("sizes.clamp(min=1e-10 * sizes.max())", "sizes"), (" @ axes.T", "")]}
+    "whitening": [("- W.double().mean(0)", ""), (" / len(scores)", ""), (".sqrt()", ""), (".double()", ""),
+                  (" / sizes.clamp", " * sizes.clamp"), ("sizes.clamp(min=1e-10 * sizes.max())", "sizes"),
+                  (" @ axes.T", "")]}
 
 
 def failures(monkeypatch, file, function, tests, source):

@@ -1,14 +1,12 @@
 """
-The best gain any method could have at each KL: exactly, for the tiny model's language, and from
-samples, for any model.
+The best gain any method could have at each KL, exactly, for the tiny model's language.
 
     p*(text) ~ p(text) exp(reward(text) / beta)          no distribution earns more at the same KL
 
-`Exact` is a dynamic programme over the grammar (tests/toy/grammar.py), with the model's *own*
-probabilities, averaged over the grammar's states on texts it has drawn: what the model got slightly
-wrong is then no error of V or of the control. `Tilted` re-weights drawn texts by exp(reward / beta).
+A dynamic programme over the grammar (tests/toy/grammar.py), with the model's *own* probabilities,
+averaged over the grammar's states on texts it has drawn: what the model got slightly wrong is then no
+error of V or of the control.
 """
-import math
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -18,8 +16,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "toy"))
 import grammar                                                                        # noqa: E402
 
-BETAS = [40, 30, 20, 16, 12, 10, 8, 6, 5, 4, 3.5, 3, 2.5, 2, 1.75, 1.5, 1.25, 1.1, 1, .9, .8, .7, .6, .5, .4,
-         .3]
+BETAS = [40, 30, 20, 16, 12, 10, 8, 6, 5, 4, 3.5, 3, 2.5, 2, 1.75, 1.5, 1.25, 1.1, 1, .9, .8, .7, .6,
+         .5, .4, .3]
 ENOUGH = 20      # visits before a state's average is trusted; rarer states keep the grammar's own
 
 
@@ -34,24 +32,6 @@ class Frontier:
         i = int(torch.searchsorted(self.kl, kl).clamp(1, len(self.kl) - 1))
         weight = (kl - self.kl[i - 1]) / (self.kl[i] - self.kl[i - 1])
         return (self.gain[i - 1] + weight.clamp(max=1) * (self.gain[i] - self.gain[i - 1])).item()
-
-
-class Tilted(Frontier):
-    """
-    From uncontrolled texts' rewards (N,) and opening [label, ..]: one beta for all openings, gain and KL
-    their means. With few texts an opening the tail is missed and, at large KL, the optimum comes out low.
-    """
-    def __init__(self, rewards, openings):
-        rewards, openings, points = rewards.double().cpu(), torch.as_tensor(openings), []
-        for beta in [beta * rewards.std().item() for beta in BETAS]:
-            gains, kls = [], []
-            for opening in openings.unique():
-                r = rewards[openings == opening]
-                earned = ((r / beta).softmax(0) * r).sum()
-                gains.append(earned - r.mean())
-                kls.append(earned / beta - (r / beta).logsumexp(0) + math.log(len(r)))
-            points.append((torch.stack(kls).mean().item(), torch.stack(gains).mean().item()))
-        super().__init__(points)
 
 
 class Exact(Frontier):
