@@ -33,8 +33,8 @@ def ascend(value, hidden, steps=1, step_size=1.0, radius=10.0):
     """
     hidden (B, n_embd) -> u (B, n_embd), float32: projected gradient ascent from u = 0.
 
-    At radius 1 the ball ends where u is as long as a state's typical distance from the mean state.
-    A negative step_size descends.
+    After each step, where ||u / std|| > radius sqrt(n_embd), u is scaled back to that length: at
+    radius 1 a state's typical distance from the mean state. A negative step_size descends.
     """
     u = torch.zeros_like(hidden, dtype=torch.float32)
     for _ in range(steps):
@@ -73,7 +73,8 @@ def kl_ball(logits, delta, max_kl, iterations=8):
 
 def draw(probs, uniform, block=256):
     """
-    probs (B, n_vocab), uniform (B, 1) in [0, 1) -> tokens (B,), the inverse CDF at each uniform.
+    probs (B, n_vocab), uniform (B, 1) in [0, 1) -> tokens (B,): the first whose cumulative
+    probability exceeds uniform times the total.
 
     In two levels, first the block of so many tokens, then the token in it: 20 times faster than the
     CDF of a whole vocabulary. Sums are float64, and what is left of the uniform inside the block

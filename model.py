@@ -131,7 +131,7 @@ class Cache:
         return self.positions, (slots <= self.positions[:, :, None])[:, None]
 
     def store(self, layer, k, v):
-        """k, v of the new tokens (B, n_head, T, d) -> of the window (B, n_head, window, d)"""
+        """Write k, v (B, n_head, T, d) at self.positions (B, T) -> those of the window's slots"""
         self.keys[layer][self.rows, :, self.positions] = k.transpose(1, 2)
         self.values[layer][self.rows, :, self.positions] = v.transpose(1, 2)
         return self.keys[layer, :, :, :self.window], self.values[layer, :, :, :self.window]

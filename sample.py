@@ -2,7 +2,7 @@
 Draw texts from a frozen GPT-2 without and with control, and show where control acted.
 
     python sample.py                                        # after train_value.py
-    python sample.py --strength 8                           # eight times the control: too much
+    python sample.py --radius 1000 --strength 16            # far too much: the texts break
     python sample.py --value out/gpt2.pt --prompt "The movie was" --svg out/trace.svg
 
 Both texts of a pair have the same prompt and the same random draws, so that they differ by control
@@ -98,7 +98,8 @@ def show(label, text, low, high, colour):
         signs = ""
         for column, piece, n in tints:
             signs = signs.ljust(column + (piece[0] == " ")) + "+-"[n < 0] * abs(n)
-        print(f"  {signs}" * bool(signs.strip()), end="\n" * bool(signs.strip()))
+        if signs.strip():
+            print("  " + signs.rstrip())
     print(f"  V {text['V'][0]:+.2f} {blocks(text['V'], low, high)} {text['V'][-1]:+.2f}")
     if sum(text["kl"]) > 0:
         print(f"  KL {sum(text['kl']):.2f} nats, most at {', '.join(text['largest'])}")

@@ -64,8 +64,9 @@ def whitening(scores, W):
 
     M: second moment of the scores plus that of uniformly chosen tokens. T makes draws alike in all
     directions, so that AdamW favours none; the second part binds those that only rare tokens have.
+    In float64, as float32 loses small directions; eigenvalues are at least 1e-10 of the largest.
     """
-    scores, W = scores.double(), W.double() - W.double().mean(0)    # float32 loses small directions
+    scores, W = scores.double(), W.double() - W.double().mean(0)
     sizes, axes = torch.linalg.eigh(scores.T @ scores / len(scores) + W.T @ W / len(W))
     return (axes / sizes.clamp(min=1e-10 * sizes.max()).sqrt() @ axes.T).float()
 

@@ -83,7 +83,7 @@ class ValueNet(nn.Module):
             value.info, value.signature = saved["info"], saved["signature"]
         except Exception as error:      # of a foreign file torch.load may raise anything
             raise InputError(f"{path}: no value net ({type(error).__name__}, {str(error)[:99]!r}); "
-                             f"train one with train_value.py") from None
+                             f"train one with train_value.py, or name another file") from None
         return value.requires_grad_(False)
 
     def fit_to(self, model):
@@ -105,7 +105,7 @@ def bellman_targets(values, rewards, mask, lam):
     """
     values V(h_t), rewards r_t, mask (True up to the last token), all (B, T) -> TD(lambda) targets
 
-        target_t = r_t + (1 - lam) V(h_{t+1}) + lam target_{t+1},  both 0 beyond the last token
+        target_t = r_t + (1 - lam) V(h_{t+1}) + lam target_{t+1},  all 0 beyond the last token
 
     With values [[.1, .2, .4]], rewards [[0., 0., 1.]], all real:
         lam 0    [[.2, .4, 1.]]     the Bellman equation, one step

@@ -1,0 +1,99 @@
+"""
+What control by a value function has to beat.
+
+    static      one direction for all states: h + size d, d by ridge regression of the reward
+    static_h0   the same, from the first state of each text alone
+    guided      p_u(y) ~ p(y) exp(size (V(h') - V(h))), h' the state after y, which the model is run
+                to find, for the likeliest candidates y (value-guided decoding, as in FUDGE, Yang
+                and Klein 2021, and in controlled decoding, Mudgal et al. 2024)
+    best_of_n   draw n texts, keep the one with the highest reward
+
+`static` and `static_h0` return control(hidden, step_size) -> u, as control.step_for_kl takes it.
+`guided` and `best_of_n` return texts.
+"""
+import math
+
+import torch
+
+from control import Rollout, Sampler
+
+# ------------------------------------------------------------------------------- one direction
+
+def regression(hidden, outcome, std, ridge):
+    """States (n, n_embd) and outcomes (n,) -> d (n_embd,), uphill in the states' own units"""
+    x = hidden.float() / std
+    x, y = x - x.mean(0), (outcome - outcome.mean()).float()
+    gram = x.T @ x
+    gram.diagonal().add_(ridge * gram.diag().mean())
+    return torch.linalg.solve(gram, x.T @ y) * std
+
+def static(rollout, outcome, ridge=3.0):
+    """A Rollout with states and its rewards (N,) -> control. The ridge is in units of the mean
+    squared feature; 3 is best, or nearly, on the reviews."""
+    outcome = outcome.to(rollout.mask.device)[:, None].expand(rollout.mask.shape)[rollout.mask]
+    hidden = rollout.hidden[rollout.mask].float()
+    direction = regression(hidden, outcome, hidden.std(0), ridge)
+    return lambda hidden, size: (size * direction).expand(len(hidden), -1)
+
+def static_h0(rollout, outcome, ridge=3.0):
+    """The same from the first states, where they differ: with one prompt they hold nothing."""
+    hidden = rollout.hidden[:, 0].float()
+    std = rollout.hidden[rollout.mask].float().std(0)
+    direction = regression(hidden, outcome.to(hidden.device), std, ridge)
+    return lambda hidden, size: (size * direction).expand(len(hidden), -1)
+
+# ----------------------------------------------------------------------------------- look-ahead
+
+def look_ahead(model, value, cache, hidden, size, candidates):
+    """hidden (B, n_embd) -> log p and log p_u (B, n_vocab); the cache is as before"""
+    log_p, here = model.unembed(hidden).log_softmax(-1), value(hidden)
+    tokens = log_p.topk(min(candidates, log_p.size(-1))).indices            # (B, candidates)
+    change = torch.zeros_like(log_p)
+    for column in tokens.split(1, dim=1):                                   # (B, 1)
+        after = value(model(column, cache)[:, 0])
+        cache.lengths -= 1                  # the next token is written over this one
+        cache.used -= 1
+        change.scatter_(1, column, (after - here)[:, None])
+    change[:, model.config.ends] = 0        # no text goes on after an end: V was not trained there
+    return log_p, (log_p + size * change).log_softmax(-1)
+
+@torch.no_grad()
+def guided(model, value, prompts, uniforms, size, candidates=20, batch=128):
+    """-> a Rollout, as control.generate; every token costs `candidates` more runs of the model"""
+    (N, T), longest = uniforms.shape, max(map(len, prompts))
+    batch, parts = min(batch, N), []
+    sampler = Sampler(model, batch, longest + T, T, False, lambda hidden: look_ahead(
+        model, value, sampler.cache, hidden, size, candidates))
+    for start in range(0, N, batch):
+        rows = [i % N for i in range(start, start + batch)]                 # the last is filled
+        out = sampler.run([prompts[i] for i in rows], uniforms[rows])
+        parts.append([column[:N - start].clone() for column in vars(out).values()])
+    return Rollout(*map(torch.cat, zip(*parts)))
+
+def guided_size(model, value, prompts, uniforms, nats, rounds=3):
+    """The size at which guided texts cost so many nats, searched on a few; KL grows as size^2"""
+    size = 1.0
+    for _ in range(rounds):
+        texts = guided(model, value, prompts, uniforms, size)
+        kl = (texts.kl * texts.mask).sum(1).mean().item()
+        size *= min(math.sqrt(nats / max(kl, 1e-9)), 10)
+    return size
+
+# ------------------------------------------------------------------------------------ best of n
+
+def best_of_n(rewards, n):
+    """rewards (at least n, N) of texts from the same prompts -> which is kept (N,), the first best"""
+    return rewards[:n].argmax(0)
+
+def best_of_kl(rewards, n):
+    """
+    Rewards of one prompt's texts (any shape) -> KL(best of n || one text), nats.
+
+    Between texts of equal reward the choice is blind. So with P(c), the probability of a reward of
+    at most c, the reward r with the next lower r' has p(r) = P(r) - P(r'), is kept with p_n(r) =
+    P(r)^n - P(r')^n, and KL = sum p_n log(p_n / p). Without ties this is log n - (n - 1) / n.
+    """
+    counts = rewards.flatten().unique(return_counts=True)[1].double()
+    at_most = torch.cat([torch.zeros(1).double(), counts.cumsum(0) / counts.sum()])
+    p, p_n = at_most.diff(), (at_most ** n).diff()
+    return torch.special.xlogy(p_n, p_n / p).sum().item()
