@@ -7,15 +7,18 @@ What control by a value function has to beat.
                 to find, for the likeliest candidates y (value-guided decoding, as in FUDGE, Yang
                 and Klein 2021, and in controlled decoding, Mudgal et al. 2024)
     best_of_n   draw n texts, keep the one with the highest reward
+    literal     the paper's net and optimizer to the letter, but four passes over the rollouts
 
 `static` and `static_h0` return control(hidden, step_size) -> u, as control.step_for_kl takes it.
-`guided` and `best_of_n` return texts.
+`guided` and `best_of_n` return texts, `literal` a net to climb in 30 steps.
 """
 import math
 
 import torch
+import torch.nn as nn
 
 from control import Rollout, Sampler
+from value import ValueNet, bellman_targets
 
 # ------------------------------------------------------------------------------- one direction
 
@@ -82,7 +85,7 @@ def guided_size(model, value, prompts, uniforms, nats, rounds=3):
 # ------------------------------------------------------------------------------------ best of n
 
 def best_of_n(rewards, n):
-    """rewards (at least n, N) of texts from the same prompts -> which is kept (N,), the first best"""
+    """rewards (at least n, N) of texts from the same prompts -> which is kept (N,)"""
     return rewards[:n].argmax(0)
 
 def best_of_kl(rewards, n):
@@ -97,3 +100,21 @@ def best_of_kl(rewards, n):
     at_most = torch.cat([torch.zeros(1).double(), counts.cumsum(0) / counts.sum()])
     p, p_n = at_most.diff(), (at_most ** n).diff()
     return torch.special.xlogy(p_n, p_n / p).sum().item()
+
+# --------------------------------------------------------------------------------- the paper's V
+
+def literal(rollout, rewards, seed, epochs=4, batch=64):
+    """Rewards r_t (N, T) -> a frozen ValueNet: ReLU, width 4096, Adam at 1e-4, raw states, lam 0"""
+    torch.manual_seed(seed)
+    value = ValueNet(rollout.hidden.size(-1), 4096, gradient_head=False).to(rollout.mask.device)
+    value.body[1] = nn.ReLU()
+    optimizer = torch.optim.Adam(value.parameters(), lr=1e-4)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(rewards)).split(batch):
+            values = value(rollout.hidden[rows])
+            targets = bellman_targets(values.detach(), rewards[rows], rollout.mask[rows], 0.0)
+            loss = (values - targets)[rollout.mask[rows]].square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return value.requires_grad_(False)

@@ -1,21 +1,24 @@
 """
-Every method at equal KL: gain in reward against nats, mean over trainings +- its standard error.
+Every method at equal KL: gain in reward, mean over trainings and its standard error.
 
-    python tests/evidence/compare.py                            # the tiny language: half an hour
-    python tests/evidence/compare.py --task reviews --seeds 3   # ../shared/imdb-mini: hours on a CPU
+    python tests/evidence/compare.py --json out/toy.jsonl
+    python tests/evidence/compare.py --task reviews --methods q,static --seeds 3
 
 One set of rollouts a seed trains all methods. The step size is the one that costs the budget on the
-states of these rollouts (control.step_for_kl): nothing is tuned on the prompts of the report. The KL
-printed is what the reported texts cost. All texts are drawn with the same uniforms. Each (method,
-seed) is appended to --json as it is done, and not done again.
+states of these rollouts, so nothing is tuned on the prompts of the report; the KL printed is what
+the reported texts cost. A gain is the mean reward less that of the uncontrolled texts drawn with
+the same uniforms. On the tiny language it is also given as a share of the optimum at that KL, which
+exact.py computes; samples may put it above 100%. Each (method, seed) is appended to --json as it is
+done, and not done again.
 
-    q          the default                      q-end      without step rewards
-    q-dV       q-end's V differentiated         q-5, q-30  so many steps that share the step size
-    plain      V alone                          paper      V alone, as in train_value.py
-    literal    the paper to the letter: ReLU, width 4096, Adam 1e-4, raw states, 30 steps; 4 epochs
-    static     one direction: ridge regression of the reward on all states; static-h0: on the first
-    best-of    the best of n = 2, 4, 16 by the reward, whose KL is that of the choice
-    guided     p(y) exp(step (V(h') - V(h))) over the 20 likeliest tokens, each run through GPT-2
+    q, q-end    train_value.py's default; without step rewards
+    q-5, q-30   q with so many steps, which share the step size
+    q-dV        q-end, but its V differentiated instead of its gradient head
+    plain       V alone, differentiated
+    paper       the paper's way, with one step
+    baselines.py: static, static-h0, guided (plain's V), best-of (n as in TASKS), literal
+
+Perplexity is the model's own, of the largest budget's texts; seconds are those of training alone.
 """
 import argparse
 import json
@@ -26,218 +29,207 @@ import time
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
-import train_value                                                                    # noqa: E402
-from control import Rollout, Sampler, ascend, generate, read_prompts                  # noqa: E402
-from control import step_for_kl, uniform_table                                        # noqa: E402
-from exact import Exact                                                               # noqa: E402
-from model import load                                                                # noqa: E402
-from value import ValueNet, bellman_targets, load_reward                              # noqa: E402
+import baselines                                                                    # noqa: E402
+import train_value                                                                  # noqa: E402
+from control import ascend, generate, read_prompts, step_for_kl, uniform_table      # noqa: E402
+from exact import Exact                                                             # noqa: E402
+from model import InputError, load                                                  # noqa: E402
+from value import load_reward                                                       # noqa: E402
 
 SHARED = ROOT.parent / "shared"
-METHODS = "q q-end q-dV q-5 q-30 plain paper literal static static-h0 best-of guided".split()
-TASKS = {"toy": dict(model=train_value.TOY, tokens=32, rollouts=4000, budgets=(.1, .3, .8),
-                     samples=8000),
-         "reviews": dict(model=SHARED / "imdb-mini", tokens=24, rollouts=9600, budgets=(.5, 1, 2),
-                         samples=2400, train=SHARED / "prompts" / "reviews-train.txt",
+METHODS = "q,q-end,q-dV,plain,paper,static,static-h0,best-of,guided"
+TASKS = {"toy": dict(model=train_value.TOY, tokens=32, rollouts=4000, samples=8000,
+                     budgets=(0.1, 0.3, 0.8), best_of=(2, 3, 5)),
+         "reviews": dict(model=SHARED / "imdb-mini", tokens=24, rollouts=9600, samples=2400,
+                         budgets=(0.5, 1, 2), best_of=(3, 6, 16),
+                         train=SHARED / "prompts" / "reviews-train.txt",
                          test=ROOT / "tests" / "openings.txt")}
+REPORT = 1000       # seed of the reported texts' uniforms; trainings have 1, 2, ..
 
-class Bench:
-    """A task: model, reward, prompts, and the uncontrolled texts that gains are measured against."""
+class Task:
+    """Its model, reward and prompts, and the uncontrolled texts that gains are measured against"""
     def __init__(self, args):
         os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
-        self.task = TASKS[args.task] | ({"samples": args.samples} if args.samples else {})
-        self.model, self.tokenizer = load(self.task["model"], "gpt2", args.device)
+        task = TASKS[args.task]
+        self.tokens, self.budgets, self.best_of = task["tokens"], task["budgets"], task["best_of"]
+        self.samples, self.rollouts = args.samples, args.rollouts
+        self.model, self.tokenizer = load(task["model"], "gpt2", args.device)
         self.reward = load_reward(args.reward, args.device, "gpt2")
-        name = self.task["model"]
-        self.train, self.test = (read_prompts(self.model, self.tokenizer, name,
-                                              path=self.task.get(key)) for key in ("train", "test"))
-        self.rows, self.free = self.draw(self.test, self.task["samples"], 1000)
-        self.base = self.score(self.rows, self.free)
-        self.exact = None
-        if args.task == "toy":
-            self.exact = Exact(self.model, self.tokenizer, self.test, self.draw(
-                self.test, 6000, 999, record=True)[1], self.task["tokens"])
+        self.train, self.test = (read_prompts(self.model, self.tokenizer, task["model"],
+                                              path=task.get(key)) for key in ("train", "test"))
+        self.free = self.draw(self.test, self.samples, REPORT)
+        self.base = self.score(self.test, self.free)
+        self.exact = {} if args.task != "toy" else Exact(self.model, self.tokenizer, self.test, self.draw(
+            self.test, 6000, 777, record=True), self.tokens)
 
-    def draw(self, prompts, samples, seed, controller=None, **how):
+    def draw(self, prompts, samples, seed, controller=None, **options):
+        """-> a Rollout of so many texts, from the prompts in turn"""
         rows = [prompts[i % len(prompts)] for i in range(samples)]
-        uniforms = uniform_table(samples, self.task["tokens"], seed)
-        return rows, generate(self.model, rows, uniforms, controller, **how)
+        return generate(self.model, rows, uniform_table(samples, self.tokens, seed), controller,
+                        batch=1024 if self.model.wte.weight.is_cuda else 128, **options)
 
-    def score(self, rows, rollout, step_rewards=False):
-        partial = train_value.partial_rewards(self.reward, self.tokenizer, rows, rollout,
-                                              step_rewards)
-        return partial if step_rewards else partial[:, -1]
+    def partial(self, prompts, rollout, step_rewards):
+        rows = [prompts[i % len(prompts)] for i in range(len(rollout.mask))]
+        return train_value.partial_rewards(self.reward, self.tokenizer, rows, rollout, step_rewards)
 
-    def point(self, rollout, nats):
-        """What the texts gained and cost, and how near the optimum that is."""
-        n = len(rollout.mask)
-        change = self.score(self.rows[:n], rollout) - self.base[:n]
-        kl = (rollout.kl * rollout.mask).sum(1).mean().item()
-        point = {"nats": nats, "kl": kl, "gain": change.mean().item(),
-                 "texts_error": (change.std() / len(change) ** .5).item(),
-                 "perplexity": (-rollout.logp[rollout.mask].mean()).exp().item()}
-        return point | ({"share": point["gain"] / self.exact.best(kl)} if self.exact else {})
+    def score(self, prompts, rollout):
+        return self.partial(prompts, rollout, False)[:, -1]
 
-def end_only(partial, rollout):
-    """All of the reward at the end of the text."""
-    ends = rollout.mask.sum(1, keepdim=True).cpu()
-    return partial * (torch.arange(partial.size(1)) >= ends)
+    def learn(self, seed):
+        """What methods learn from -> a Rollout with states, rewards so far (N, T + 1)"""
+        rollout = self.draw(self.train, self.rollouts, seed, record=True)
+        return rollout, self.partial(self.train, rollout, True)
 
-def literal(rollout, rewards, seed):
-    """The paper to the letter, as far as four passes over the rollouts go."""
-    torch.manual_seed(seed)
-    value = ValueNet(rollout.hidden.size(-1), 4096, gradient_head=False).to(rollout.mask.device)
-    value.body[1] = nn.ReLU()
-    optimizer = torch.optim.Adam(value.parameters(), lr=1e-4)
-    for _ in range(4):
-        for rows in torch.randperm(len(rewards)).split(64):
-            values = value(rollout.hidden[rows])
-            targets = bellman_targets(values.detach(), rewards[rows], rollout.mask[rows], 0.0)
-            loss = (values - targets)[rollout.mask[rows]].square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    return value.requires_grad_(False)
+    def uncontrolled(self):
+        """The record that the table and the chart begin with"""
+        optimum = self.exact and {"optimum": [self.exact.kl.tolist(), self.exact.gain.tolist()]}
+        return {"mean": self.base.mean().item(), "perplexity": perplexity(self.free)} | optimum
 
-def static(rollout, outcome, first=False, ridge=3.0):
-    """One direction for all states: ridge regression of the outcome (N,) on standardised states."""
-    std, mean = torch.std_mean(rollout.hidden[rollout.mask].float(), 0)
-    mask = rollout.mask.clone()
-    mask[:, 1:] &= not first
-    x = ((rollout.hidden - mean) / std)[mask]
-    y = (outcome - outcome.mean())[:, None].expand_as(mask)[mask].float()
-    x = x - x.mean(0)
-    gram = x.T @ x
-    gram.diagonal().add_(ridge * gram.diag().mean())
-    direction = torch.linalg.solve(gram, x.T @ y) * std
-    return lambda hidden, size: (size * direction).expand(len(hidden), -1)
+    def point(self, nats, kl, change, texts_perplexity):
+        """change (N,): each text's reward less that of its uncontrolled partner"""
+        gain, error = change.mean().item(), (change.std() / len(change) ** 0.5).item()
+        share = self.exact and {"share": gain / self.exact.best(kl)}
+        return {"nats": nats, "kl": kl, "gain": gain, "error": error,
+                "perplexity": texts_perplexity} | share
 
-def control_of(method, bench, rollout, partial, seed):
-    """-> control(hidden, step_size) -> u"""
-    device, outcome = rollout.mask.device, partial[:, -1].to(rollout.mask.device)
+    def measure(self, nats, texts):
+        kl = (texts.kl * texts.mask).sum(1).mean().item()
+        return self.point(nats, kl, self.score(self.test, texts) - self.base, perplexity(texts))
+
+def perplexity(texts):
+    return (-texts.logp[texts.mask].mean()).exp().item()
+
+def train(method, task, rollout, partial, seed):
+    """-> control(hidden, step_size) -> u, and the net, if it has one"""
     if method.startswith("static"):
-        return static(rollout, outcome, method == "static-h0")
-    if method == "literal":
-        value = literal(rollout, end_only(partial, rollout).diff(dim=1).float().to(device), seed)
-        return lambda hidden, size: ascend(value, hidden, 30, size / 30, math.inf)
-    settings = dict(train_value.METHODS[method.split("-")[0]])
+        fit = baselines.static_h0 if method == "static-h0" else baselines.static
+        return fit(rollout, partial[:, -1]), None
+    settings = dict(train_value.METHODS[{"guided": "plain", "literal": "paper"}.get(
+        method, method.split("-")[0])])
     if not settings.pop("step_rewards") or method in ("q-end", "q-dV"):
-        partial = end_only(partial, rollout)
-    rewards = partial.diff(dim=1).float().to(device)
-    value = train_value.train(bench.model, rollout, rewards, **settings, seed=seed)
-    steps = int(method[2:]) if method[2:].isdigit() else 1
-    radius = train_value.RADIUS if settings["standardised"] else math.inf
+        ends = rollout.mask.sum(1, keepdim=True).cpu()
+        partial = partial * (torch.arange(partial.size(1)) >= ends)     # all of it at the end
+    rewards = partial.diff(dim=1).float().to(rollout.mask.device)
+    steps, radius = 1, train_value.RADIUS if settings["standardised"] else math.inf
+    if method == "literal":
+        value, steps = baselines.literal(rollout, rewards, seed), 30
+    else:
+        value = train_value.train(task.model, rollout, rewards, **settings, seed=seed)
+        steps = int(method[2:]) if method[2:].isdigit() else 1
     if method == "q-dV":
         value.gradient_head = None
-    return lambda hidden, size: ascend(value, hidden, steps, size / steps, radius)
+    return lambda hidden, size: ascend(value, hidden, steps, size / steps, radius), value
 
-def best_of(bench):
-    """Points of the best of n; KL of the choice, sum over levels c of P_n(c) log(P_n(c) / P(c))."""
-    scores = [bench.base] + [bench.score(*bench.draw(bench.test, bench.task["samples"], 2000 + i))
-                             for i in range(15)]
-    for n in (2, 4, 16):
-        best = torch.stack(scores[:n]).max(0).values
-        levels, counts = torch.cat(scores).unique(return_counts=True)
-        below = torch.cat([torch.zeros(1), counts.cumsum(0) / counts.sum()])
-        p, p_n = below.diff().double(), (below.double() ** n).diff()
-        kl = (p_n * (p_n / p).log()).nansum().item()
-        gain = (best - bench.base).mean().item()
-        yield {"nats": n, "kl": kl, "gain": gain, "perplexity": math.nan} | (
-            {"share": gain / bench.exact.best(kl)} if bench.exact else {})
+def trained_points(method, task, learned, seed):
+    """-> points, seconds of training"""
+    start, points = time.time(), []
+    control, value = train(method, task, *learned, seed)
+    seconds = time.time() - start
 
-def guided(bench, rollout, partial, seed, candidates=20, batch=128):
-    """Points of value-guided decoding, over the same texts; V as plain trains it."""
-    settings = dict(train_value.METHODS["plain"])
-    settings.pop("step_rewards")
-    rewards = end_only(partial, rollout).diff(dim=1).float().to(rollout.mask.device)
-    value = train_value.train(bench.model, rollout, rewards, **settings, seed=seed)
-    model, T, longest = bench.model, bench.task["tokens"], max(map(len, bench.rows))
-    texts = min(1024, len(bench.rows) // batch * batch)         # it takes 20 times as long
-    for size in (1.0, 2.0, 4.0):
-        def look_ahead(hidden):
-            log_p, cache = model.unembed(hidden).log_softmax(-1), sampler.cache
-            tokens, delta = log_p.topk(candidates).indices, torch.zeros_like(log_p)
-            for i in range(candidates):
-                after = value(model(tokens[:, i:i + 1], cache)[:, 0])
-                cache.lengths -= 1                              # taken back, to be written again
-                cache.used -= 1
-                delta.scatter_(1, tokens[:, i:i + 1], size * (after - value(hidden))[:, None])
-            return log_p, (log_p + delta).log_softmax(-1)
-        sampler, parts = Sampler(model, batch, longest + T, T, False, look_ahead), []
-        uniforms = uniform_table(len(bench.rows), T, 1000)
-        with torch.no_grad():
-            for start in range(0, texts, batch):
-                out = sampler.run(bench.rows[start:start + batch], uniforms[start:start + batch])
-                parts.append([column.clone() for column in vars(out).values()])
-        whole = Rollout(*map(torch.cat, zip(*parts)))
-        yield bench.point(whole, size)
+    def at(nats):
+        if method == "guided":
+            rows = [task.train[i % len(task.train)] for i in range(256)]
+            table = uniform_table(len(rows), task.tokens, seed)
+            size = baselines.guided_size(task.model, value, rows, table, nats)
+            rows = [task.test[i % len(task.test)] for i in range(task.samples)]
+            table = uniform_table(len(rows), task.tokens, REPORT)
+            return baselines.guided(task.model, value, rows, table, size)
+        step = step_for_kl(task.model, control, learned[0], nats)
+        return task.draw(task.test, task.samples, REPORT, lambda hidden: control(hidden, step))
+    for nats in task.budgets:
+        try:
+            points.append(task.measure(nats, at(nats)))
+        except InputError as error:
+            points.append({"nats": nats, "failed": str(error)})
+    return points, seconds
 
-def record(method, seed, bench, learned):
-    """All points of one training."""
-    rollout, partial, started = *learned, time.time()
-    if method == "best-of":
-        return {"points": list(best_of(bench)), "seconds": 0.0}
-    if method == "guided":
-        points = list(guided(bench, rollout, partial, seed))
-        return {"points": points, "seconds": time.time() - started}
-    control, points = control_of(method, bench, rollout, partial, seed), []
-    seconds = time.time() - started
-    for nats in bench.task["budgets"]:
-        step = step_for_kl(bench.model, control, rollout, nats)
-        _, texts = bench.draw(bench.test, bench.task["samples"], 1000, lambda h: control(h, step))
-        points.append(bench.point(texts, nats))
-    return {"points": points, "seconds": seconds}
+def best_of_points(task, seed):
+    """Every seed draws anew. The gain is over the mean of the very texts that are chosen from."""
+    texts = [task.draw(task.test, task.samples, 1000 * seed + 1001 + i)
+             for i in range(max(task.best_of))]
+    rewards = torch.stack([task.score(task.test, drawn) for drawn in texts])    # (n, N)
+    logp, mask = (torch.stack([getattr(drawn, field) for drawn in texts]).cpu()
+                  for field in ("logp", "mask"))                                # (n, N, T)
+    points, prompts = [], min(len(task.test), task.samples)
+    for n in task.best_of:
+        kept = baselines.best_of_n(rewards, n), torch.arange(task.samples)
+        kls = [baselines.best_of_kl(rewards[:, i::len(task.test)], n) for i in range(prompts)]
+        points.append(task.point(n, sum(kls) / prompts, rewards[kept] - rewards.mean(0),
+                                 (-logp[kept][mask[kept]].mean()).exp().item()))
+    return points, 0.0
 
-def table(lines, methods):
-    """Mean over trainings +- its standard error: gain @ KL, and of the optimum, for each budget."""
+def table(free, lines, methods):
+    """A row a method, a column a budget: gain ± standard error @ KL, share of the optimum"""
+    print(f"uncontrolled: reward {free['mean']:.3f}, perplexity {free['perplexity']:.1f}; "
+          f"{free['task']}, {free['reward']}, {free['samples']} texts a point\n"
+          f"{'method':9}{'n':>3}  gain ± error @ KL" + ", % of optimum" * ("optimum" in free))
     for method in methods:
-        rows = [line for line in lines if line["method"] == method]
-        cells = []
+        rows, cells = [line for line in lines if line["method"] == method], []
         for points in zip(*(row["points"] for row in rows)):
-            gains = torch.tensor([point["gain"] for point in points])
-            kl = sum(point["kl"] for point in points) / len(points)
-            error = f"{gains.std() / len(gains) ** .5:.3f}" if len(gains) > 1 else "n/a  "
-            share = sum(point.get("share", math.nan) for point in points) / len(points)
-            cell = f"{gains.mean():6.3f} +-{error} @{kl:5.2f}"
-            cells.append(cell + f" {share:4.2f}" * (share == share))
+            if any("failed" in point for point in points):
+                cells.append(f"{'no step costs it':>18}" + " " * 7 * ("optimum" in free))
+                continue
+            gain = torch.tensor([point["gain"] for point in points])
+            error = f"{gain.std() / len(gain) ** 0.5:.3f}" if len(gain) > 1 else "    -"
+            kl, last = mean(points, "kl"), mean(points, "perplexity")
+            share = f" {100 * mean(points, 'share'):5.1f}%" if "optimum" in free else ""
+            cells.append(f"{gain.mean():6.3f}±{error}@{kl:<5.2f}{share}")
         if rows:
-            print(f"{method:10}{len(rows):2}  " + " | ".join(cells) +
-                  f" | {sum(row['seconds'] for row in rows) / len(rows):4.0f} s")
+            print(f"{method:9}{len(rows):3} " + " ".join(cells) +
+                  f" ppl {last:3.0f} {mean(rows, 'seconds'):3.0f} s")
 
-def main():
+def mean(rows, key):
+    return sum(row[key] for row in rows) / len(rows)
+
+def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[1])
     parser.add_argument("--task", choices=TASKS, default="toy")
-    parser.add_argument("--methods", default=",".join(METHODS))
-    parser.add_argument("--seeds", type=int, default=5, help="trainings")
+    parser.add_argument("--methods", default=METHODS, help="separated by commas")
+    parser.add_argument("--seeds", type=int, default=5, help="trainings a method")
     parser.add_argument("--samples", type=int, help="texts reported on, a point")
-    parser.add_argument("--reward", default="sentiment")
+    parser.add_argument("--rollouts", type=int, help="texts learnt from, a training")
+    parser.add_argument("--reward", default="sentiment", help="as for train_value.py")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", type=Path, help="the records (default: out/TASK.jsonl)")
+    parser.add_argument("--json", type=Path, help="where records are kept (out/TASK.jsonl)")
     args = parser.parse_args()
-    path = args.json or ROOT / "out" / f"{args.task}.jsonl"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    args.json = args.json or ROOT / "out" / f"{args.task}.jsonl"
+    args.samples = args.samples or TASKS[args.task]["samples"]
+    args.rollouts = args.rollouts or TASKS[args.task]["rollouts"]
+    return args
+
+def records(path, methods, args):
+    """The records in the file, those that miss added to it as they come"""
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    done, methods = {(line["method"], line["seed"]) for line in lines}, args.methods.split(",")
-    bench = None
+    settings = {key: vars(args)[key] for key in ("task", "reward", "samples", "rollouts")}
+    if any(line[key] != settings[key] for line in lines for key in settings):
+        sys.exit(f"{path} was made with other settings than {settings}; name another --json")
+    task, done = None, {(line["method"], line["seed"]) for line in lines}
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def add(method, seed, **result):
+        lines.append({"method": method, "seed": seed} | settings | result)
+        with path.open("a") as file:
+            file.write(json.dumps(lines[-1]) + "\n")
     for seed in range(1, args.seeds + 1):
-        missing = [method for method in methods if (method, seed) not in done
-                   and not (method == "best-of" and seed > 1)]
+        missing = [method for method in methods if (method, seed) not in done]
         if missing:
-            bench = bench or Bench(args)
-            rows, rollout = bench.draw(bench.train, bench.task["rollouts"], seed, record=True)
-            partial = bench.score(rows, rollout, step_rewards=True)
+            task = task or Task(args)
+            if not lines:
+                add("none", 0, **task.uncontrolled())
+            learned = task.learn(seed) if missing != ["best-of"] else None
         for method in missing:
-            lines.append({"method": method, "seed": seed, "task": args.task, "reward": args.reward,
-                          **record(method, seed, bench, (rollout, partial))})
-            with path.open("a") as file:
-                file.write(json.dumps(lines[-1]) + "\n")
-            gains = [round(point["gain"], 3) for point in lines[-1]["points"]]
-            print(f"seed {seed} {method}: {gains}", file=sys.stderr, flush=True)
-    table(lines, methods)
+            points, seconds = (best_of_points(task, seed) if method == "best-of" else
+                               trained_points(method, task, learned, seed))
+            add(method, seed, points=points, seconds=seconds)
+            print(f"seed {seed} {method}: {[round(p.get('gain', math.nan), 3) for p in points]}",
+                  file=sys.stderr, flush=True)
+    return lines
 
 if __name__ == "__main__":
-    main()
+    args = parse_args()
+    methods = args.methods.split(",")
+    free, *lines = records(args.json, methods, args)
+    table(free, lines, methods)
