@@ -80,13 +80,13 @@ def draw(probs, uniform, block=256):
     CDF of a whole vocabulary. Sums are float64, and what is left of the uniform inside the block
     stays below the block's total, so no token without probability is ever drawn.
     """
-    padded = F.pad(probs, (0, -probs.size(1) % block))        # (B, n * block)
+    padded = F.pad(probs, (0, -probs.size(1) % block))                          # (B, n * block)
     blocks = padded.unflatten(1, (-1, block))                                   # (B, n, block)
     sums = blocks.sum(-1).double()                                              # (B, n)
     cdf = sums.cumsum(-1)
     target = uniform.double() * cdf[:, -1:]
     chosen = torch.searchsorted(cdf, target, right=True)                        # (B, 1)
-    rest = target - (cdf - sums).gather(1, chosen)
+    rest = (target - (cdf - sums).gather(1, chosen)).clamp(min=0)
     inside = blocks.gather(1, chosen[:, :, None].expand(-1, -1, block))[:, 0]   # (B, block)
     inside = inside.cumsum(-1, dtype=torch.float64)
     rest = torch.minimum(rest, inside[:, -1:] * (1 - 2.0 ** -40))
