@@ -71,7 +71,6 @@ class GPT(nn.Module):
     def forward(self, tokens, cache=None, lengths=None):
         """
         tokens (B, T) -> hidden (B, T, n_embd), the state from which each next token is drawn.
-
         With a cache the tokens continue each row. Rows of unequal length are padded on the right,
         and lengths (B,) says how many of their tokens are real (None: all).
         """
@@ -161,9 +160,9 @@ def find(name, file):
     hub = Path(os.environ.get("HF_HUB_CACHE", home / "hub"), f"models--{repo.replace('/', '--')}")
     main, own = hub / "refs" / "main", Path(torch.hub.get_dir(), repo)
     cached = hub / "snapshots" / (main.read_text().strip() if main.is_file() else "")
-    for folder in (Path(name), cached, own):
-        if (folder / file).is_file():
-            return folder / file
+    for path in (Path(name, file), cached / file, own / file):
+        if path.is_file():
+            return path
     if name not in PUBLIC or Path(name).is_dir():
         raise InputError(f"{name}: no {file} there; name a directory with config.json and one "
                          f"model.safetensors (not sharded, not pickled), or {', '.join(PUBLIC)}")
@@ -218,7 +217,6 @@ class Tokenizer:
 
     def encode(self, text):
         return self.encoding.encode(text, allowed_special="all")
-
     def decode(self, tokens):
         return self.encoding.decode([token for token in tokens if token not in self.special])
 
@@ -234,8 +232,10 @@ def load_tokenizer(name, default=None):
         added = {token["content"]: token["id"] for token in names}
         text = {token["id"] for token in names if not token["special"]}
     elif (folder / "vocab.json").is_file():
-        lines = filter(None, (folder / "merges.txt").read_text(encoding="utf-8").split("\n")[1:])
-        bpe, text = {"vocab": read_json(folder / "vocab.json"), "merges": lines}, ()
+        vocab, merges = read_json(folder / "vocab.json"), folder / "merges.txt"
+        lines = filter(None, merges.read_text("utf-8").split("\n")[1:]) if merges.is_file() else \
+            sorted((token for token in vocab if token[:2] != "<|"), key=vocab.get)     # words
+        bpe, text = {"vocab": vocab, "merges": lines}, ()
         plain = not read_json(folder / "tokenizer_config.json").get("add_prefix_space")
     elif default:
         return load_tokenizer(default)

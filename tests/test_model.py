@@ -250,3 +250,10 @@ def test_the_toys_file_holds_what_its_network_needs():
     assert {key for key in read_safetensors(TOY / "model.safetensors")} == set(
         GPT.from_pretrained(TOY).state_dict())
     assert any(key.endswith(TRANSPOSED) for key in read_safetensors(TOY / "model.safetensors"))
+
+
+def test_without_merges_every_name_is_a_word(tmp_path):
+    """As in tests/toy: a vocab.json alone, whose words are not made of pairs."""
+    assert not (TOY / "merges.txt").exists()
+    assert load_tokenizer(TOY).encode("the cast was<|endoftext|> xy") == [284, 261, 282, 286,
+                                                                             32, 120, 121]

@@ -109,9 +109,6 @@ def main():
     torch.manual_seed(0)
     tokens = vocabulary()
     (HERE / "vocab.json").write_text(json.dumps(tokens, indent=0) + "\n", encoding="utf-8")
-    # Its words are not made of pairs: each is written as a merge of its first character and the rest.
-    lines = [f"{token[0]} {token[1:]}" for token in tokens if len(token) > 1 and token != grammar.END]
-    (HERE / "merges.txt").write_text("\n".join(["#version: 0.2", *lines, ""]), encoding="utf-8")
     end = len(tokens) - 1
     config = Config(n_vocab=len(tokens), n_positions=CONTEXT, n_embd=64, n_layer=2, n_head=4,
                     n_inner=256, bos=end, ends=[end])
