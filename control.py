@@ -76,13 +76,13 @@ def draw(probs, uniform, block=256):
     probs (B, n_vocab), uniform (B, 1) in [0, 1) -> tokens (B,): the first whose cumulative
     probability exceeds uniform times the total.
 
-    In two levels, first the block of so many tokens, then the token in it: 20 times faster than the
+    In two levels, first the block of `block` tokens, then the token in it: 20 times faster than the
     CDF of a whole vocabulary. Sums are float64, and what is left of the uniform inside the block
     stays below the block's total, so no token without probability is ever drawn.
     """
     padded = F.pad(probs, (0, -probs.size(1) % block))                          # (B, n * block)
     blocks = padded.unflatten(1, (-1, block))                                   # (B, n, block)
-    sums = blocks.sum(-1).double()                                              # (B, n)
+    sums = blocks.sum(-1, dtype=torch.float64)                                  # (B, n)
     cdf = sums.cumsum(-1)
     target = uniform.double() * cdf[:, -1:]
     chosen = torch.searchsorted(cdf, target, right=True)                        # (B, 1)
@@ -119,8 +119,8 @@ class Sampler:
     """
     A batch of texts, drawn side by side; `steer` is hidden -> log p, log p_u, see above. `step` is
     all that happens. It reads nothing back from the device, every buffer it writes to is made once,
-    and its Python numbers (step size, temperature, max_kl, the cache's window) never change: so a
-    GPU may capture and replay it (`advance`).
+    and its Python numbers (step size, temperature, max_kl, the cache's window) stay the same within
+    a window: so a GPU may capture and replay it (`advance`).
     """
     def __init__(self, model, batch, size, n_tokens, record, steer):
         W, n_embd = model.wte.weight, model.config.n_embd
@@ -214,7 +214,7 @@ def generate(model, prompts, uniforms, controller=None, temperature=1.0, max_kl=
     sampler = Sampler(model, batch, longest + T, T, record, steer=lambda hidden: steer(
         model, hidden, controller, temperature, max_kl))
     for start in range(0, N, batch):
-        rows = [i % N for i in range(start, start + batch)]                     # the last is filled
+        rows = [i % N for i in range(start, start + batch)]                     # the last: filled
         out = sampler.run([prompts[i] for i in rows], uniforms[rows])
         parts.append([column[:N - start].clone() for column in vars(out).values()])
         if progress:
@@ -226,7 +226,7 @@ def step_for_kl(model, control, rollout, nats, states=512):
     """
     The step_size > 0 at which control(hidden, step_size) -> u costs `nats` a text, to a thousandth.
 
-    Searched on the exact KL of so many of the rollout's states, times the tokens a text has. What
+    Searched on the exact KL of `states` of the rollout's, times the tokens a text has. What
     control changes of later states is left out. InputError if no step costs so much.
     """
     hidden, length = rollout.hidden[rollout.mask], rollout.mask.sum(1).float().mean()
@@ -241,7 +241,7 @@ def step_for_kl(model, control, rollout, nats, states=512):
             return step
         low, high = (step, high) if spent < nats else (low, step)
         guess = step * math.sqrt(nats / max(spent, 1e-30))                      # KL grows as step^2
-        step = guess if low < guess < high else (low + min(high, 4 * low + 1e-6)) / 2
+        step = guess if low < guess < high else (low + min(high, 4 * low + 1e-6)) / 2   # else halve
     raise InputError(f"no step of control costs {nats:g} nats a text: V is flat; choose a reward "
                      f"that varies more, or more rollouts")
 

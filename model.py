@@ -118,10 +118,10 @@ class Cache:
         self.keys, self.values = weight.new_zeros(2, config.n_layer, batch, config.n_head, size, d)
         self.rows = torch.arange(batch, device=weight.device)[:, None]
         self.lengths = torch.zeros_like(self.rows[:, 0])
-        self.used = 0                   # no row is longer: known without asking the device
+        self.used = 0                   # a bound on lengths that is known without asking the device
 
     def open(self, T, lengths=None):
-        """Room for T more -> their positions (B, T), and mask (B, 1, T, window), True: is read"""
+        """Room for T more -> their positions (B, T), and mask (B, 1, T, window), True: attend"""
         self.used += T
         self.window = min(-(-self.used // self.WINDOW) * self.WINDOW, self.keys.size(3))
         self.positions = self.lengths[:, None] + torch.arange(T, device=self.rows.device)
@@ -199,7 +199,8 @@ def read_safetensors(path):
     header, tensors = json.loads(bytes(data[8:start].tolist())), {}
     for name in header.keys() - {"__metadata__"}:
         dtype, shape, (begin, end) = map(header[name].get, ("dtype", "shape", "data_offsets"))
-        tensors[name] = data[start + begin:start + end].clone().view(DTYPES[dtype]).view(shape)
+        flat = data[start + begin:start + end].clone()          # a copy is aligned, as views need
+        tensors[name] = flat.view(DTYPES[dtype]).view(shape)
     if start + sum(tensor.nbytes for tensor in tensors.values()) != len(data):
         raise ValueError(f"{len(data)} bytes in {path.name} are not those of its tensors")
     return tensors
@@ -242,9 +243,10 @@ def load_tokenizer(name, default=None):
     else:
         raise ValueError("no tokenizer.json, no vocab.json; --tokenizer gpt2 says it is GPT-2's")
     vocabulary = bpe["vocab"] | added
-    merged = ["".join(pair).replace(" ", "") for pair in bpe["merges"]]   # "a b" or ["a", "b"]
+    merged = ["".join(pair).replace(" ", "") for pair in bpe["merges"]]     # "a b" or ["a", "b"]
     ranks = {bytes(map(BYTES.get, token)): vocabulary[token] for token in [*BYTES, *merged]}
-    rest = {token: i for token, i in vocabulary.items() if i not in set(ranks.values())}
+    taken = {*ranks.values()}
+    rest = {token: i for token, i in vocabulary.items() if i not in taken}
     if not plain or merged != sorted(merged, key=vocabulary.get) \
             or set(vocabulary.values()) != set(range(len(vocabulary))):
         raise ValueError("its tokenizer is not GPT-2's kind")
@@ -263,8 +265,6 @@ def load(name, tokenizer=None, device="cpu", dtype=torch.float32):
             raise
         raise InputError(f"{name}: no plain, whole GPT-2 ({type(error).__name__}, "
                          f"{str(error)[:400]!r}); fetch it again, or choose another") from None
-    if model.wte.weight.numel() < 1e6:
-        torch.set_num_threads(1)        # a tiny model on a busy machine: 4 s instead of 2 minutes
     model.wte.weight = nn.Parameter(model.wte.weight[:n].clone(), requires_grad=False)
     model.config.n_vocab = n
     return model, tokenizer

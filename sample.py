@@ -8,7 +8,8 @@ Draw texts from a frozen GPT-2 without and with control, and show where control 
 Both texts of a pair have the same prompt and the same random draws, so that they differ by control
 alone. The table's columns: the mean reward and its standard error over texts; KL(p_u || p) in nats,
 what control costs, a text and a token; the perplexity of the texts under the uncontrolled model;
-the share of distinct pairs of words among all pairs (low: the texts repeat each other).
+the share of distinct pairs of words among all pairs (low: the texts repeat each other). Perplexity
+is at --temperature.
 
 Limitations: texts are cut at --tokens, not at the end of a sentence.
 """
@@ -160,7 +161,7 @@ def parse_args(argv):
     dial("--strength", type=float, default=1.0, help="1: as trained, 2: twice, -1: the other way, "
          "0: none")
     dial("--max-kl", type=float, default=math.inf, help="the most control may cost, nats a token")
-    dial("--steps", type=int, default=1, help="of gradient ascent, which share the step size")
+    dial("--steps", type=int, default=1, help="of gradient ascent; they share the step size")
     dial("--radius", type=float, help="of the ball around the state; 1: a state's typical distance "
          "from the mean state (default: the net's)")
     what = parser.add_argument_group("texts").add_argument
@@ -180,8 +181,10 @@ def parse_args(argv):
     devices = ["cuda"] * torch.cuda.is_available() + ["cpu"]
     where("--device", choices=devices, default=devices[0], help="where the model runs")
     args = parser.parse_args(argv)
-    if min(args.samples, args.tokens, args.steps) < 1 or not min(args.temperature, args.max_kl) > 0:
-        parser.error("--samples, --tokens, --steps are 1 or more, --temperature, --max-kl above 0")
+    if min(args.samples, args.tokens, args.steps, args.seed) < 1 or args.svg and args.show < 1:
+        parser.error("--samples, --tokens, --steps, --seed and, with --svg, --show are 1 or more")
+    if not (args.temperature > 0 and args.max_kl > 0 and math.isfinite(args.strength)):
+        parser.error("--temperature and --max-kl are above 0, --strength is finite")
     return args
 
 def main(argv=None):
@@ -190,13 +193,15 @@ def main(argv=None):
     info, name = value.info, args.model or value.info["model"]
     model, tokenizer = load(name, info["tokenizer"], args.device, getattr(torch, info["dtype"]))
     value = value.fit_to(model)
+    if model.wte.weight.numel() < 1e6:
+        torch.set_num_threads(1)        # see train_value.py
     reward = load_reward(args.reward or info["reward"], args.device, info["tokenizer"])
     prompts = read_prompts(model, tokenizer, name, args.prompt, args.prompts)
     rows = [prompts[i % len(prompts)] for i in range(args.samples)]
     radius = info["radius"] if args.radius is None else args.radius
     step_size = args.strength * info["step_size"] / args.steps
-    print(f"model {name}, {len(prompts)} prompts; net {args.value}\nmethod {info['method']}, "
-          f"reward {info['reward']}; control: {args.steps} x step size {step_size:.3g}")
+    print(f"model {name}, {len(prompts)} prompts; net {args.value}, {info['method']}\nreward "
+          f"{args.reward or info['reward']}; control: {args.steps} x step size {step_size:.3g}")
 
     def controller(hidden):
         return ascend(value, hidden, args.steps, step_size, radius)
@@ -213,7 +218,7 @@ def main(argv=None):
           trace(model, tokenizer, value, reward, rows[i], rollout, i, partial(steer, model, **how))
             for i in range(min(args.show, args.samples))]
     show_pairs(traces)
-    if args.svg and args.show:
+    if args.svg:
         args.svg.parent.mkdir(parents=True, exist_ok=True)
         picture = svg({label: texts[0] for label, texts in traces.items()})
         args.svg.write_text(picture, encoding="utf-8")
@@ -222,7 +227,8 @@ def main(argv=None):
     for cells in (heads, *((label, *figures(*result)) for label, result in results.items())):
         print(f"{cells[0]:18}" + "".join(f"{cell:>11}" for cell in cells[1:]))
     gain = results["with control"][1] - results["without control"][1]
-    print(f"gain {gain.mean():+.3g} +- {gain.std() / math.sqrt(len(gain)):.2g}, paired")
+    error = f"{gain.std() / math.sqrt(len(gain)):.2g}" if len(gain) > 1 else "n/a"
+    print(f"gain {gain.mean():+.3g} +- {error}, paired")
 
 if __name__ == "__main__":
     try:

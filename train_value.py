@@ -8,7 +8,7 @@ Train a value function on the hidden states of a frozen GPT-2: rollouts -> rewar
        (potential-based shaping, Ng et al. 1999)
     3. fit Q to the Bellman equation (value.py), find the step that costs NATS, report, save
 
---method paper is the paper's way. The default, q, differs for measured gains:
+--method paper is the paper's way. The default, q, differs where that measured better:
     1. a gradient head, trained on the draws       (paper and plain: V alone, differentiated)
     2. step rewards                                (paper and plain: all of the reward at the end)
     3. TD(lambda), lambda 0.8                      (paper: one-step targets, lambda 0)
@@ -42,8 +42,8 @@ def progress(label, done, total):
 
 def partial_rewards(reward, tokenizer, prompts, rollout, step_rewards, show=lambda *_: None):
     """
-    -> (N, T + 1) float64: column t is the reward of the text before y_t (0 without step_rewards),
-    columns from its end on that of the whole text
+    -> (N, T + 1) float64: column t is the reward of the text before y_t (0 without step_rewards);
+    from the text's end on, the whole text's
     """
     partial, group = torch.zeros(len(prompts), rollout.mask.size(1) + 1, dtype=torch.float64), 128
     lengths, tokens = rollout.mask.sum(1).tolist(), rollout.tokens.tolist()
@@ -111,15 +111,14 @@ def train(model, rollout, rewards, gradient_head, lam, standardised, seed, show=
     return value.requires_grad_(False)
 
 def report(value, rollout, partial):
-    """How well V foretells on texts that it has not seen, and whether a constant does better"""
+    """How well V predicts on texts that it has not seen, and whether a constant does better"""
     mask = rollout.mask.cpu()
     so_far, outcome = partial[:, :-1][mask], partial[:, -1:].expand(mask.shape)[mask]
     V, to_come = value(rollout.hidden).cpu().double()[mask], outcome - so_far
     error, constant = (V - to_come).square().mean(), to_come.var()
     print(f"{len(mask)} held-out texts, all states: R^2 of V for the reward still to come "
           f"{1 - error / constant:.3f},\nof reward so far + V for the outcome "
-          f"{1 - error / outcome.var():.3f}" + (error > constant) * "; V is worse than a constant: "
-          "more --rollouts may help")
+          f"{1 - error / outcome.var():.3f}" + int(error > constant) * "; V is worse than a constant")
 
 def check_out(path, info):
     """Before any work: can the net be written, and what does it replace?"""
@@ -129,7 +128,7 @@ def check_out(path, info):
     if path.exists():                   # load refuses to replace what is no value net
         old = ValueNet.load(path).info
         changed = [f"{key} {old.get(key)}" for key in info if old.get(key) != info[key]]
-        print(f"{path} will be replaced, of {', '.join(changed) or 'the same settings'}")
+        print(f"{path} will be replaced; it had {', '.join(changed) or 'the same settings'}")
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[1], usage=argparse.SUPPRESS,
@@ -164,6 +163,8 @@ def main(argv=None):
     del info["out"], info["device"], info["no_step_rewards"]
     check_out(args.out, info)
     model, tokenizer = load(args.model, args.tokenizer, args.device, getattr(torch, args.dtype))
+    if model.wte.weight.numel() < 1e6:
+        torch.set_num_threads(1)    # a tiny model on a busy machine: 4 seconds instead of 2 minutes
     prompts = read_prompts(model, tokenizer, args.model, path=args.prompts)
     reward = load_reward(args.reward, args.device, args.tokenizer)
     reward([tokenizer.decode(prompt) or "a" for prompt in prompts[:2]])     # fails now, not later

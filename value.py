@@ -121,7 +121,7 @@ def bellman_targets(values, rewards, mask, lam):
     return targets
 
 # ----------------------------------------------------------------------------------------- rewards
-# A reward is a callable: N texts, prompt and continuation without special tokens -> (N,) float64.
+# A reward is a callable: N texts, prompt and continuation without special tokens -> N numbers.
 POSITIVE = frozenset("""amazing beautiful best brilliant charming clever enjoy enjoyed entertaining
 excellent fantastic fascinating fine fun funny good great happy hilarious impressive interesting
 love loved lovely memorable moving nice perfect recommend strong superb warm wonderful""".split())
@@ -153,20 +153,20 @@ class RewardModel:
         names = read_json(Path(name, "config.json")).get("id2label", {})
         labels = [str(names.get(str(i), i)) for i in range(len(self.weight))]
         self.label = label or labels[-1]
-        self.chosen = torch.tensor([name == self.label for name in labels])
+        self.chosen = torch.tensor([each == self.label for each in labels])
         if self.label not in labels:
             raise InputError(f"{name}: no label {label}; choose one of {', '.join(labels)}")
 
     @torch.no_grad()
     def __call__(self, texts, batch=64):
         """
-        N texts -> (N,); the last tokens of a text beyond the context. A text that begins another is
-        scored along with it: step rewards cost one pass a text, not one a token.
+        N texts -> (N,); of a text beyond the context, its end. A text that another one begins with
+        is scored along with it: step rewards cost one pass a text, not one a token.
         """
         context, encode = self.gpt.config.n_positions, self.tokenizer.encoding.encode_ordinary
         rows = [tuple(encode(text)[-context:]) for text in texts]
         ordered, whole, scores = sorted(set(rows)), {}, {}      # beginnings come before the whole
-        for row, following in zip(ordered[::-1], [(), *ordered[:0:-1]]):
+        for row, following in zip(ordered[::-1], [(), *ordered[:0:-1]]):        # from the last on
             whole[row] = whole[following] if following[:len(row)] == row else row
         distinct = sorted(set(whole.values()), key=len)
         for part in (distinct[i:i + batch] for i in range(0, len(distinct), batch)):

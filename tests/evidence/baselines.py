@@ -10,7 +10,7 @@ What control by a value function has to beat.
     literal     the paper's net and optimizer to the letter, but four passes over the rollouts
 
 `static` and `static_h0` return control(hidden, step_size) -> u, as control.step_for_kl takes it.
-`guided` and `best_of_n` return texts, `literal` a net to climb in 30 steps.
+`guided` returns texts, `literal` a net to climb in 30 steps. finetune.py is DPO.
 """
 import math
 
@@ -73,13 +73,13 @@ def guided(model, value, prompts, uniforms, size, candidates=20, batch=128):
         parts.append([column[:N - start].clone() for column in vars(out).values()])
     return Rollout(*map(torch.cat, zip(*parts)))
 
-def guided_size(model, value, prompts, uniforms, nats, rounds=3):
-    """The size at which guided texts cost so many nats, searched on a few; KL grows as size^2"""
+def size_for_kl(texts_at, nats, rounds=4):
+    """The size at which texts_at(size), a few texts, cost so many nats; KL grows as size^2"""
     size = 1.0
     for _ in range(rounds):
-        texts = guided(model, value, prompts, uniforms, size)
+        texts = texts_at(size)
         kl = (texts.kl * texts.mask).sum(1).mean().item()
-        size *= min(math.sqrt(nats / max(kl, 1e-9)), 10)
+        size *= max(min(math.sqrt(nats / max(kl, 1e-9)), 10), 0.1)
     return size
 
 # ------------------------------------------------------------------------------------ best of n

@@ -6,8 +6,8 @@ transformers' generate where that is installed, in one run.
     python tests/evidence/bench.py --device cuda --dtype bfloat16 --batches 1,32,256 --shape gpt2-xl
 
 Random weights: speed does not depend on them. Rounds are interleaved and medians printed, since the
-machine may be shared. floor: the time to read weights and cache once, at the bandwidth of a large sum.
-The last line is JSON.
+machine may be shared. floor: the time to read weights and cache once, at the bandwidth of a large
+sum. The last line is JSON.
 """
 import argparse
 import json
@@ -66,8 +66,9 @@ def transformers_run(shape, batch, tokens, device, dtype):
     except ImportError:
         return None
     n_embd, n_layer, n_head = SHAPES[shape]
-    model = GPT2LMHeadModel(GPT2Config(n_embd=n_embd, n_layer=n_layer, n_head=n_head, eos_token_id=None,
-                                       pad_token_id=0)).to(device, dtype).eval()
+    config = GPT2Config(n_embd=n_embd, n_layer=n_layer, n_head=n_head, eos_token_id=None,
+                        pad_token_id=0)
+    model = GPT2LMHeadModel(config).to(device, dtype).eval()
     ids = torch.full((batch, PROMPT), 11, device=device)
     return lambda: model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0,
                                   max_new_tokens=tokens, min_new_tokens=tokens)

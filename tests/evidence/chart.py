@@ -3,31 +3,31 @@ A chart of compare.py's records: gain against KL, with two standard errors over 
 
     python tests/evidence/chart.py out/toy.jsonl out/toy.svg --methods q,plain,static
 
-On the tiny language the grey curve is the exact optimum: no method can be above it but by chance.
+On the tiny language the grey curve is the exact optimum: only chance puts a method above it.
 """
 import argparse
 import json
 from collections import defaultdict
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, pstdev
 
 WIDTH, HEIGHT, LEFT, BOTTOM, LEGEND = 480, 320, 50, 40, 110
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c564b"]
 
 def read(path, methods):
-    """-> {method: [(kl, gain, error), ..]}, and the optimum [(kl, gain), ..] or []"""
-    found, optimum = defaultdict(lambda: defaultdict(list)), []
+    """-> {method: [(kl, gain, error), ..]}, and the optimum [(kl, gain), ..]"""
+    found, optimum = defaultdict(lambda: defaultdict(list)), {(0.0, 0.0)}
     for line in map(json.loads, Path(path).read_text().splitlines()):
-        optimum = list(zip(*line["optimum"])) if "optimum" in line else optimum
+        optimum |= set(zip(*line.get("optimum", [])))
         for point in line.get("points", []):
+            if point.get("share"):
+                optimum.add((point["kl"], point["gain"] / point["share"]))
             if "gain" in point and (not methods or line["method"] in methods):
                 found[line["method"]][point["nats"]].append((point["kl"], point["gain"]))
-    curves = {}
-    for method, budgets in found.items():
-        pairs = [tuple(zip(*points)) for points in budgets.values()]
-        curves[method] = sorted((mean(kl), mean(gain), stdev(gain) / len(gain) ** 0.5
-                                 if len(gain) > 1 else 0.0) for kl, gain in pairs)
-    return curves, optimum
+    def average(points):
+        kl, gain = zip(*points)
+        return mean(kl), mean(gain), pstdev(gain) / max(len(gain) - 1, 1) ** 0.5
+    return {m: sorted(map(average, found[m].values())) for m in found}, sorted(optimum)
 
 def draw(curves, optimum):
     points = [point for curve in curves.values() for point in curve]
@@ -44,24 +44,22 @@ def draw(curves, optimum):
         return f'<polyline points="{" ".join(at(*end) for end in ends)}" fill="none" {style}/>'
 
     def text(kl, gain, words, style):
-        x, y = at(kl, gain).split(",")
-        return f'<text x="{x}" y="{y}" {style}>{words}</text>'
+        return f'<text transform="translate({at(kl, gain)})" {style}>{words}</text>'
     parts = [line([(0, high), (0, low), (right, low)], 'stroke="#888"'),
-             line([(0, 0), (right, 0)], 'stroke="#ccc"'), line(optimum, 'stroke="#aaa" '
-                                                               'stroke-width="4"')]
+             line([(0, 0), (right, 0)], 'stroke="#ccc"'),
+             line(optimum, 'stroke="#aaa" stroke-width="4"'),
+             f'<text x="{LEFT + 6}" y="14">gain in reward</text>',
+             text(right / 2, low, "KL, nats a text", 'dy="34" text-anchor="middle"')]
     for i in range(5):
         kl, gain = right * i / 4, low + (high - low) * i / 4
-        parts.append(text(kl, low, f"{kl:.2f}", 'dy="16" text-anchor="middle"'))
-        parts.append(text(0, gain, f"{gain:.2f}", 'dx="-6" dy="8" text-anchor="end"'))
-    parts.append(text(right / 2, low, "KL, nats a text", 'dy="34" text-anchor="middle"'))
+        parts += [text(kl, low, f"{kl:.2f}", 'dy="16" text-anchor="middle"'),
+                  text(0, gain, f"{gain:.2f}", 'dx="-6" dy="4" text-anchor="end"')]
     for i, (method, curve) in enumerate(curves.items()):
         style = f'stroke="{COLOURS[i % len(COLOURS)]}" stroke-width="1.5"'
         parts.append(line([(0, 0), *[point[:2] for point in curve]], style))
-        parts += [line([(kl, gain - 2 * error), (kl, gain + 2 * error)], style)
-                  for kl, gain, error in curve]
+        parts += [line([(kl, gain - 2 * e), (kl, gain + 2 * e)], style) for kl, gain, e in curve]
         parts.append(f'<path d="M{WIDTH - LEGEND + 10} {22 + 18 * i}h16" {style}/>'
                      f'<text x="{WIDTH - LEGEND + 30}" y="{26 + 18 * i}">{method}</text>')
-    parts += [f'<text x="{LEFT + 6}" y="14">gain in reward</text>']
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 -4 {WIDTH} {HEIGHT + 4}" '
             f'font-family="sans-serif" font-size="12">\n' + "\n".join(parts) + "\n</svg>\n")
 

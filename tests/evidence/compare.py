@@ -14,11 +14,17 @@ done, and not done again.
     q, q-end    train_value.py's default; without step rewards
     q-5, q-30   q with so many steps, which share the step size
     q-dV        q-end, but its V differentiated instead of its gradient head
+    rounds-2    policy iteration: q trained again on as many texts under the control so far, of
+                rewards r_t - beta KL_t, beta = 1 / step_size; rounds-4: three times more
     plain       V alone, differentiated
-    paper       the paper's way, with one step
-    baselines.py: static, static-h0, guided (plain's V), best-of (n as in TASKS), literal
+    paper       the paper's way, with one step; literal: to the letter, see baselines.py
+    static, static-h0, guided (plain's V), best-of (n as in TASKS): baselines.py
+    prefix      a sentence of praise before every prompt (reviews), at the KL that it costs
+    dpo         all weights fine-tuned: finetune.py
 
-Perplexity is the model's own, of the largest budget's texts; seconds are those of training alone.
+Of the largest budget's texts: ppl, the perplexity under the uncontrolled model; div, distinct pairs
+of tokens among all pairs, in groups of 100 texts. s: seconds to train and to find the sizes, all
+budgets together, without drawing and scoring the rollouts (rounds: with those of later rounds).
 """
 import argparse
 import json
@@ -33,18 +39,20 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 import baselines                                                                    # noqa: E402
+import finetune                                                                     # noqa: E402
 import train_value                                                                  # noqa: E402
-from control import ascend, generate, read_prompts, step_for_kl, uniform_table      # noqa: E402
+from control import Rollout, ascend, generate, read_prompts, step_for_kl, uniform_table  # noqa: E402
 from exact import Exact                                                             # noqa: E402
 from model import InputError, load                                                  # noqa: E402
 from value import load_reward                                                       # noqa: E402
 
 SHARED = ROOT.parent / "shared"
-METHODS = "q,q-end,q-dV,plain,paper,static,static-h0,best-of,guided"
+METHODS = "q,rounds-2,q-30,q-end,q-dV,plain,paper,static,static-h0,best-of,guided,prefix,dpo"
 TASKS = {"toy": dict(model=train_value.TOY, tokens=32, rollouts=4000, samples=8000,
-                     budgets=(0.1, 0.3, 0.8), best_of=(2, 3, 5)),
+                     budgets=(0.1, 0.3, 0.8), best_of=(2, 3, 5), dpo_rate=1e-4),
          "reviews": dict(model=SHARED / "imdb-mini", tokens=24, rollouts=9600, samples=2400,
-                         budgets=(0.5, 1, 2), best_of=(3, 6, 16),
+                         budgets=(0.5, 1, 2), best_of=(3, 6, 16), dpo_rate=3e-5,
+                         prefix="This is one of the best films I have ever seen, I loved it.",
                          train=SHARED / "prompts" / "reviews-train.txt",
                          test=ROOT / "tests" / "openings.txt")}
 REPORT = 1000       # seed of the reported texts' uniforms; trainings have 1, 2, ..
@@ -53,7 +61,7 @@ class Task:
     """Its model, reward and prompts, and the uncontrolled texts that gains are measured against"""
     def __init__(self, args):
         os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
-        task = TASKS[args.task]
+        self.settings = task = TASKS[args.task]
         self.tokens, self.budgets, self.best_of = task["tokens"], task["budgets"], task["best_of"]
         self.samples, self.rollouts = args.samples, args.rollouts
         self.model, self.tokenizer = load(task["model"], "gpt2", args.device)
@@ -62,17 +70,20 @@ class Task:
                                               path=task.get(key)) for key in ("train", "test"))
         self.free = self.draw(self.test, self.samples, REPORT)
         self.base = self.score(self.test, self.free)
-        self.exact = {} if args.task != "toy" else Exact(self.model, self.tokenizer, self.test, self.draw(
-            self.test, 6000, 777, record=True), self.tokens)
+        self.exact = {} if args.task != "toy" else self.optimum(self.draw(
+            self.test, 6000, 777, record=True))
 
-    def draw(self, prompts, samples, seed, controller=None, **options):
+    def optimum(self, rollout):
+        return Exact(self.model, self.tokenizer, self.test, rollout, self.tokens)
+
+    def draw(self, prompts, samples, seed, controller=None, model=None, **options):
         """-> a Rollout of so many texts, from the prompts in turn"""
-        rows = [prompts[i % len(prompts)] for i in range(samples)]
-        return generate(self.model, rows, uniform_table(samples, self.tokens, seed), controller,
+        return generate(model or self.model, in_turn(prompts, samples),
+                        uniform_table(samples, self.tokens, seed), controller,
                         batch=1024 if self.model.wte.weight.is_cuda else 128, **options)
 
     def partial(self, prompts, rollout, step_rewards):
-        rows = [prompts[i % len(prompts)] for i in range(len(rollout.mask))]
+        rows = in_turn(prompts, len(rollout.mask))
         return train_value.partial_rewards(self.reward, self.tokenizer, rows, rollout, step_rewards)
 
     def score(self, prompts, rollout):
@@ -86,108 +97,176 @@ class Task:
     def uncontrolled(self):
         """The record that the table and the chart begin with"""
         optimum = self.exact and {"optimum": [self.exact.kl.tolist(), self.exact.gain.tolist()]}
-        return {"mean": self.base.mean().item(), "perplexity": perplexity(self.free)} | optimum
+        return {"mean": self.base.mean().item()} | style(self.free) | optimum
 
-    def point(self, nats, kl, change, texts_perplexity):
+    def point(self, nats, kl, change, texts):
         """change (N,): each text's reward less that of its uncontrolled partner"""
         gain, error = change.mean().item(), (change.std() / len(change) ** 0.5).item()
         share = self.exact and {"share": gain / self.exact.best(kl)}
-        return {"nats": nats, "kl": kl, "gain": gain, "error": error,
-                "perplexity": texts_perplexity} | share
+        return {"nats": nats, "kl": kl, "gain": gain, "error": error} | style(texts) | share
 
     def measure(self, nats, texts):
         kl = (texts.kl * texts.mask).sum(1).mean().item()
-        return self.point(nats, kl, self.score(self.test, texts) - self.base, perplexity(texts))
+        return self.point(nats, kl, self.score(self.test, texts) - self.base, texts)
 
-def perplexity(texts):
-    return (-texts.logp[texts.mask].mean()).exp().item()
+def in_turn(prompts, samples):
+    return [prompts[i % len(prompts)] for i in range(samples)]
+
+def style(texts):
+    pairs = (texts.tokens[:, :-1] * 2 ** 20 + texts.tokens[:, 1:]).cpu()
+    groups = [part[seen] for part, seen in zip(pairs.split(100), texts.mask[:, 1:].cpu().split(100))]
+    return {"perplexity": (-texts.logp[texts.mask].mean()).exp().item(),
+            "distinct": sum(len(part.unique()) / len(part) for part in groups) / len(groups)}
+
+def climbing(value, radius=train_value.RADIUS, steps=1):
+    """-> control(hidden, size) -> u, in steps that share the size"""
+    return lambda hidden, size: ascend(value, hidden, steps, size / steps, radius)
+
+def rewards_of(rollout, partial, step_rewards=True):
+    if not step_rewards:                                                # all of it at the end
+        ends = rollout.mask.sum(1, keepdim=True).cpu()
+        partial = partial * (torch.arange(partial.size(1)) >= ends)
+    return partial.diff(dim=1).float().to(rollout.mask.device)
 
 def train(method, task, rollout, partial, seed):
     """-> control(hidden, step_size) -> u, and the net, if it has one"""
     if method.startswith("static"):
         fit = baselines.static_h0 if method == "static-h0" else baselines.static
         return fit(rollout, partial[:, -1]), None
-    settings = dict(train_value.METHODS[{"guided": "plain", "literal": "paper"}.get(
-        method, method.split("-")[0])])
-    if not settings.pop("step_rewards") or method in ("q-end", "q-dV"):
-        ends = rollout.mask.sum(1, keepdim=True).cpu()
-        partial = partial * (torch.arange(partial.size(1)) >= ends)     # all of it at the end
-    rewards = partial.diff(dim=1).float().to(rollout.mask.device)
-    steps, radius = 1, train_value.RADIUS if settings["standardised"] else math.inf
+    settings = dict(train_value.METHODS[{"guided": "plain", "literal": "paper", "rounds": "q"}.get(
+        method.split("-")[0], method.split("-")[0])])
+    step_rewards = settings.pop("step_rewards") and method not in ("q-end", "q-dV")
+    rewards = rewards_of(rollout, partial, step_rewards)
+    radius = train_value.RADIUS if settings["standardised"] else math.inf
     if method == "literal":
-        value, steps = baselines.literal(rollout, rewards, seed), 30
-    else:
-        value = train_value.train(task.model, rollout, rewards, **settings, seed=seed)
-        steps = int(method[2:]) if method[2:].isdigit() else 1
+        value = baselines.literal(rollout, rewards, seed)
+        return climbing(value, radius, 30), value
+    value = train_value.train(task.model, rollout, rewards, **settings, seed=seed)
     if method == "q-dV":
         value.gradient_head = None
-    return lambda hidden, size: ascend(value, hidden, steps, size / steps, radius), value
+    return climbing(value, radius, int(method[2:]) if method[2:].isdigit() else 1), value
+
+def next_round(task, control, step, seed):
+    """-> the control learnt from texts under this control, whose nats are taken off the rewards"""
+    rollout = task.draw(task.train, task.rollouts, seed, lambda hidden: control(hidden, step),
+                        record=True)
+    rewards = rewards_of(rollout, task.partial(task.train, rollout, True))
+    settings = dict(train_value.METHODS["q"])
+    del settings["step_rewards"]
+    value = train_value.train(task.model, rollout, rewards - rollout.kl * rollout.mask / step,
+                              **settings, seed=seed)
+    return climbing(value), rollout
+
+def prepare(method, task, learned, seed):
+    """-> setting(nats) -> texts() -> a Rollout of reported texts; the first two are what is timed"""
+    rollout, partial = learned
+    prompts, table = in_turn(task.test, task.samples), uniform_table(task.samples, task.tokens, REPORT)
+    few, few_table = in_turn(task.train, 256), uniform_table(256, task.tokens, seed)
+    if method == "dpo":
+        tuned = finetune.dpo(task.model, in_turn(task.train, len(rollout.mask)), rollout,
+                             partial[:, -1], seed, task.settings["dpo_rate"])
+
+        def tuned_texts(prompts, table, s):
+            other = finetune.between(task.model, tuned, s)
+            return finetune.compared(generate(other, prompts, table), task.model, prompts, other,
+                                     prompts)
+        return sized(tuned_texts, few, few_table, prompts, table)
+    control, value = train(method, task, *learned, seed)
+    if method == "guided":
+        return sized(lambda *rest: baselines.guided(task.model, value, *rest), few, few_table,
+                     prompts, table)
+
+    def setting(nats, control=control, states=rollout):
+        step = step_for_kl(task.model, control, states, nats)
+        for i in range(1, int(method[7:]) if method.startswith("rounds") else 1):
+            control, states = next_round(task, control, step, seed + 100 * i)
+            step = step_for_kl(task.model, control, states, nats)
+        return lambda: task.draw(task.test, task.samples, REPORT, lambda hidden: control(hidden, step))
+    return setting
+
+def sized(texts, few, few_table, prompts, table):
+    """A setting whose size is searched on a few texts"""
+    def setting(nats):
+        size = baselines.size_for_kl(lambda size: texts(few, few_table, size), nats)
+        return lambda: texts(prompts, table, size)
+    return setting
 
 def trained_points(method, task, learned, seed):
-    """-> points, seconds of training"""
-    start, points = time.time(), []
-    control, value = train(method, task, *learned, seed)
-    seconds = time.time() - start
-
-    def at(nats):
-        if method == "guided":
-            rows = [task.train[i % len(task.train)] for i in range(256)]
-            table = uniform_table(len(rows), task.tokens, seed)
-            size = baselines.guided_size(task.model, value, rows, table, nats)
-            rows = [task.test[i % len(task.test)] for i in range(task.samples)]
-            table = uniform_table(len(rows), task.tokens, REPORT)
-            return baselines.guided(task.model, value, rows, table, size)
-        step = step_for_kl(task.model, control, learned[0], nats)
-        return task.draw(task.test, task.samples, REPORT, lambda hidden: control(hidden, step))
+    """-> points, seconds of preparation"""
+    start = time.time()
+    setting = prepare(method, task, learned, seed)
+    spent, points = time.time() - start, []
     for nats in task.budgets:
+        start = time.time()
         try:
-            points.append(task.measure(nats, at(nats)))
+            texts = setting(nats)
         except InputError as error:
             points.append({"nats": nats, "failed": str(error)})
-    return points, seconds
+            continue
+        spent += time.time() - start
+        points.append(task.measure(nats, texts()))
+    return points, spent
 
 def best_of_points(task, seed):
     """Every seed draws anew. The gain is over the mean of the very texts that are chosen from."""
     texts = [task.draw(task.test, task.samples, 1000 * seed + 1001 + i)
              for i in range(max(task.best_of))]
     rewards = torch.stack([task.score(task.test, drawn) for drawn in texts])    # (n, N)
-    logp, mask = (torch.stack([getattr(drawn, field) for drawn in texts]).cpu()
-                  for field in ("logp", "mask"))                                # (n, N, T)
+    fields = [torch.stack(field) for field in zip(*(vars(drawn).values() for drawn in texts))]
     points, prompts = [], min(len(task.test), task.samples)
     for n in task.best_of:
-        kept = baselines.best_of_n(rewards, n), torch.arange(task.samples)
+        best, rows = rewards[:n].argmax(0), torch.arange(task.samples)
         kls = [baselines.best_of_kl(rewards[:, i::len(task.test)], n) for i in range(prompts)]
-        points.append(task.point(n, sum(kls) / prompts, rewards[kept] - rewards.mean(0),
-                                 (-logp[kept][mask[kept]].mean()).exp().item()))
+        points.append(task.point(n, sum(kls) / prompts, rewards[best, rows] - rewards.mean(0),
+                                 Rollout(*(field[best, rows] for field in fields))))
     return points, 0.0
 
+def prefix_points(task):
+    """One point, at the KL that the sentence costs; the reward does not read the sentence"""
+    prompts, words = in_turn(task.test, task.samples), task.tokenizer.encode(task.settings["prefix"])
+    bos = [] if task.model.config.bos is None else [task.model.config.bos]
+    longer = [bos + words + task.tokenizer.encode(" " + task.tokenizer.decode(prompt))
+              for prompt in prompts]
+    texts = task.draw(longer, task.samples, REPORT)
+    return [task.measure(0, finetune.compared(texts, task.model, prompts, task.model, longer))], 0.0
+
+def points_of(method, task, learned, seed):
+    if method == "best-of":
+        return best_of_points(task, seed)
+    return prefix_points(task) if method == "prefix" else trained_points(method, task, learned, seed)
+
+def cell(points, exact):
+    """gain ± standard error @ KL, share of the optimum"""
+    if any("failed" in point for point in points):
+        return f"{'no step costs it':>{22 if exact else 17}}"
+    gain = torch.tensor([point["gain"] for point in points])
+    error = f"{gain.std() / len(gain) ** 0.5:.3f}"[1:] if len(gain) > 1 else "   -"
+    share = f" {100 * mean(points, 'share'):3.0f}%" if exact else ""
+    return f"{gain.mean():6.3f}±{error}@{mean(points, 'kl'):<5.2f}{share}"
+
 def table(free, lines, methods):
-    """A row a method, a column a budget: gain ± standard error @ KL, share of the optimum"""
-    print(f"uncontrolled: reward {free['mean']:.3f}, perplexity {free['perplexity']:.1f}; "
-          f"{free['task']}, {free['reward']}, {free['samples']} texts a point\n"
-          f"{'method':9}{'n':>3}  gain ± error @ KL" + ", % of optimum" * ("optimum" in free))
+    """A row a method, a column a budget"""
+    exact, width = "optimum" in free, max(map(len, methods))
+    print(f"{free['task']}, {free['reward']}, {free['rollouts']} rollouts a training, "
+          f"{free['samples']} texts a point\n{'method':{width}}  n  gain ± error @ KL" +
+          exact * ", % of optimum" + "; ppl, div, s\n" + f"{'none':{width}}    reward "
+          f"{free['mean']:.3f}, ppl {free['perplexity']:.1f}, div {free['distinct']:.3f}")
     for method in methods:
-        rows, cells = [line for line in lines if line["method"] == method], []
-        for points in zip(*(row["points"] for row in rows)):
-            if any("failed" in point for point in points):
-                cells.append(f"{'no step costs it':>18}" + " " * 7 * ("optimum" in free))
-                continue
-            gain = torch.tensor([point["gain"] for point in points])
-            error = f"{gain.std() / len(gain) ** 0.5:.3f}" if len(gain) > 1 else "    -"
-            kl, last = mean(points, "kl"), mean(points, "perplexity")
-            share = f" {100 * mean(points, 'share'):5.1f}%" if "optimum" in free else ""
-            cells.append(f"{gain.mean():6.3f}±{error}@{kl:<5.2f}{share}")
-        if rows:
-            print(f"{method:9}{len(rows):3} " + " ".join(cells) +
-                  f" ppl {last:3.0f} {mean(rows, 'seconds'):3.0f} s")
+        if rows := [line for line in lines if line["method"] == method]:
+            columns = [*zip(*(row["points"] for row in rows))]
+            last = [point for point in columns[-1] if "gain" in point]
+            style = (f" {mean(last, 'perplexity'):4.1f} {mean(last, 'distinct'):.3f}"
+                     f" {mean(rows, 'seconds'):3.0f}" if last else "")
+            print(f"{method:{width}} {len(rows):2}" +
+                  " ".join(cell(points, exact) for points in columns) + style)
 
 def mean(rows, key):
     return sum(row[key] for row in rows) / len(rows)
 
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[1])
+def parse_args(description, methods=METHODS):
+    parser = argparse.ArgumentParser(description=description.split("\n")[1])
     parser.add_argument("--task", choices=TASKS, default="toy")
-    parser.add_argument("--methods", default=METHODS, help="separated by commas")
+    parser.add_argument("--methods", default=methods, help="separated by commas")
     parser.add_argument("--seeds", type=int, default=5, help="trainings a method")
     parser.add_argument("--samples", type=int, help="texts reported on, a point")
     parser.add_argument("--rollouts", type=int, help="texts learnt from, a training")
@@ -200,7 +279,7 @@ def parse_args():
     args.rollouts = args.rollouts or TASKS[args.task]["rollouts"]
     return args
 
-def records(path, methods, args):
+def records(path, methods, args, points_of=points_of):
     """The records in the file, those that miss added to it as they come"""
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     settings = {key: vars(args)[key] for key in ("task", "reward", "samples", "rollouts")}
@@ -219,17 +298,17 @@ def records(path, methods, args):
             task = task or Task(args)
             if not lines:
                 add("none", 0, **task.uncontrolled())
-            learned = task.learn(seed) if missing != ["best-of"] else None
+            learned = task.learn(seed) if {*missing} - {"best-of", "prefix"} else None
         for method in missing:
-            points, seconds = (best_of_points(task, seed) if method == "best-of" else
-                               trained_points(method, task, learned, seed))
-            add(method, seed, points=points, seconds=seconds)
+            if method == "prefix" and (seed > 1 or "prefix" not in task.settings):
+                continue                                            # nothing is trained
+            points, spent = points_of(method, task, learned, seed)
+            add(method, seed, points=points, seconds=spent)
             print(f"seed {seed} {method}: {[round(p.get('gain', math.nan), 3) for p in points]}",
                   file=sys.stderr, flush=True)
     return lines
 
 if __name__ == "__main__":
-    args = parse_args()
-    methods = args.methods.split(",")
-    free, *lines = records(args.json, methods, args)
-    table(free, lines, methods)
+    args = parse_args(__doc__)
+    free, *lines = records(args.json, args.methods.split(","), args)
+    table(free, lines, args.methods.split(","))

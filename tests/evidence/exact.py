@@ -4,7 +4,7 @@ The best gain any method could have at each KL, exactly, for the tiny model's la
     p*(text) ~ p(text) exp(reward(text) / beta)          no distribution earns more at the same KL
 
 A dynamic programme over the grammar (tests/toy/grammar.py), with the model's *own* probabilities,
-averaged over the grammar's states on texts it has drawn: what the model got slightly wrong is then no
+averaged over the grammar's states on texts it has drawn. So what the model got slightly wrong is no
 error of V or of the control.
 """
 import sys
@@ -16,23 +16,21 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "toy"))
 import grammar                                                                        # noqa: E402
 
-BETAS = [40, 30, 20, 16, 12, 10, 8, 6, 5, 4, 3.5, 3, 2.5, 2, 1.75, 1.5, 1.25, 1.1, 1, .9, .8, .7, .6,
-         .5, .4, .3]
+BETAS = [40, 30, 20, 16, 12, 10, 8, 6, 5, 4, 3.5, 3, 2.5, 2, 1.75, 1.5, 1.25, 1.1, 1, .9, .8, .7,
+         .6, .5, .4, .3]
 ENOUGH = 20      # visits before a state's average is trusted; rarer states keep the grammar's own
-
 
 class Frontier:
     """The largest gain at each KL: points (kl, gain), from (0, 0) up, on a concave curve."""
     def __init__(self, points):
         kl, gain = zip((0.0, 0.0), *sorted(points))
-        self.kl, self.gain = torch.tensor(kl, dtype=torch.float64), torch.tensor(gain, dtype=torch.float64)
+        self.kl, self.gain = torch.tensor([kl, gain], dtype=torch.float64)
 
     def best(self, kl):
         """The largest gain in reward at this KL, interpolated."""
         i = int(torch.searchsorted(self.kl, kl).clamp(1, len(self.kl) - 1))
         weight = (kl - self.kl[i - 1]) / (self.kl[i] - self.kl[i - 1])
         return (self.gain[i - 1] + weight.clamp(max=1) * (self.gain[i] - self.gain[i - 1])).item()
-
 
 class Exact(Frontier):
     def __init__(self, model, tokenizer, prompts, rollout, n_tokens):
@@ -53,17 +51,18 @@ class Exact(Frontier):
         starts = [grammar.parse([self.spelling[t] for t in prompt[1:]])[-1] for prompt in prompts]
         self.start = starts[0]
         if any(start != self.start for start in starts):
-            raise ValueError("the exact optimum is computed for prompts that end in one grammar state")
+            raise ValueError("the prompts have to end in one state of the grammar")
         self.value = self.chain.value(self.start, n_tokens)
         points = [self.chain.frontier(self.start, n_tokens, beta) for beta in BETAS]
         super().__init__([(kl, reward - self.value) for kl, reward in points])
 
     def tabulate(self, model, rollout):
-        """-> transitions(state) of the model: its next-token probabilities, averaged state by state."""
+        """-> transitions(state) of the model: its own probabilities, averaged state by state."""
         total, visits = defaultdict(float), defaultdict(int)
         rows, columns = zip(*self.where)
-        for states, hidden in zip(chunks(self.states, 4096), rollout.hidden[rows, columns].split(4096)):
-            probs = model.unembed(hidden).softmax(-1).double().cpu().numpy()
+        hidden = rollout.hidden[rows, columns]
+        for states, part in zip(chunks(self.states, 4096), hidden.split(4096)):
+            probs = model.unembed(part).softmax(-1).double().cpu().numpy()
             for state, p in zip(states, probs):
                 total[state] += p
                 visits[state] += 1
@@ -82,14 +81,11 @@ class Exact(Frontier):
             return table[state]
         return transitions
 
-    def r_squared(self, value, rollout):
-        """1 - squared error of V to the exact value over its variance, over the grammatical texts' states."""
+    def truth(self):
+        """The exact expected rewards in self.states, and where these are in the rollout"""
         rows, columns = zip(*self.where)
-        truth = torch.tensor([self.chain.value(state, self.n_tokens - t)
-                              for state, t in zip(self.states, columns)])
-        error = value(rollout.hidden[rows, columns]).cpu() - truth
-        return 1 - (error.square().mean() / truth.var(correction=0)).item()
-
+        return torch.tensor([self.chain.value(state, self.n_tokens - t)
+                             for state, t in zip(self.states, columns)]), (rows, columns)
 
 def chunks(rows, size):
     return [rows[i:i + size] for i in range(0, len(rows), size)]

@@ -1,0 +1,80 @@
+"""
+Fine-tuning all weights on the same rollouts and rewards, to set beside a control that changes none.
+
+    -log sigmoid(beta (log p'(w) / p(w) - log p'(l) / p(l)))      w, l: the better and the worse of
+                                                                  two texts after one prompt
+
+Source: Rafailov et al. 2023 (DPO, arXiv 2305.18290). For a chosen KL the weights are interpolated,
+w + s (w' - w), and s is searched (Ramé et al. 2023, arXiv 2306.04488): one tuning serves all
+budgets. `python tests/evidence/compare.py --methods dpo` trains and reports it, with its seconds.
+"""
+from copy import deepcopy
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+
+BETA, EPOCHS, PAIRS = 0.1, 2, 16        # beta in nats; pairs of texts in a batch
+
+def states(model, prompts, tokens):
+    """Prompts [[token, ..], ..] and tokens (N, T) drawn after them -> the states before each draw"""
+    rows = [torch.cat([tokens.new_tensor(prompt), row[:-1]]) for prompt, row in zip(prompts, tokens)]
+    hidden = model(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True))
+    first = torch.tensor([len(prompt) - 1 for prompt in prompts], device=tokens.device)[:, None]
+    places = first + torch.arange(tokens.size(1), device=tokens.device)             # (N, T)
+    return hidden[torch.arange(len(rows), device=tokens.device)[:, None], places]
+
+@torch.no_grad()
+def compared(rollout, model, prompts, other, others, group=16):
+    """A Rollout drawn from `other` after its prompts -> with its exact KL from `model` after these"""
+    kl, logp = torch.zeros_like(rollout.kl), torch.zeros_like(rollout.kl)
+    for i in range(0, len(kl), group):
+        rows, tokens = slice(i, i + group), rollout.tokens[i:i + group]
+        log_p, log_q = (net.unembed(states(net, before[rows], tokens)).log_softmax(-1)
+                        for net, before in ((model, prompts), (other, others)))
+        kl[rows] = (log_q.exp() * (log_q - log_p)).sum(-1)
+        logp[rows] = log_p.gather(-1, tokens[:, :, None])[:, :, 0]
+    return replace(rollout, kl=kl, logp=logp)
+
+def pairs_of(outcome, n_prompts, generator):
+    """Rewards (N,), the prompts taken in turn -> rows (pairs, 2), the better text first"""
+    pairs = []
+    for prompt in range(n_prompts):
+        rows = torch.arange(prompt, len(outcome), n_prompts)
+        rows = rows[torch.randperm(len(rows), generator=generator)]
+        a, b = rows[:len(rows) // 2 * 2].view(-1, 2).T
+        better = (outcome[a] > outcome[b])[:, None]
+        pair = torch.where(better, torch.stack([a, b], 1), torch.stack([b, a], 1))
+        pairs.append(pair[outcome[a] != outcome[b]])
+    return torch.cat(pairs)
+
+def dpo(model, prompts, rollout, outcome, seed, rate):
+    """Prompts and Rollout of N texts with rewards (N,) -> a tuned copy of the model"""
+    generator = torch.Generator().manual_seed(seed)
+    before, tuned = (rollout.logp * rollout.mask).sum(1), deepcopy(model).requires_grad_(True)
+    optimizer = torch.optim.AdamW(tuned.parameters(), lr=rate, weight_decay=0.0)
+    pairs = pairs_of(outcome, len({tuple(prompt) for prompt in prompts}), generator)
+    steps = EPOCHS * -(-len(pairs) // PAIRS)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
+    for _ in range(EPOCHS):
+        for rows in pairs[torch.randperm(len(pairs), generator=generator)].split(PAIRS):
+            rows = rows.T.flatten()                             # the better texts, then the others
+            tokens, mask = rollout.tokens[rows], rollout.mask[rows]
+            hidden = states(tuned, [prompts[i] for i in rows], tokens)
+            log_p = torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, -F.cross_entropy(
+                tuned.unembed(hidden[mask]), tokens[mask], reduction="none")).sum(1)
+            better, worse = (log_p - before[rows]).chunk(2)
+            loss = -F.logsigmoid(BETA * (better - worse)).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return tuned.requires_grad_(False)
+
+@torch.no_grad()
+def between(model, tuned, s):
+    """The model whose weights are w + s (w' - w)"""
+    result = deepcopy(model)
+    for weight, end in zip(result.parameters(), tuned.parameters()):
+        weight += s * (end - weight)
+    return result
