@@ -8,8 +8,7 @@ Draw texts from a frozen GPT-2 without and with control, and show where control 
 Both texts of a pair have the same prompt and the same random draws, so that they differ by control
 alone. The table's columns: the mean reward and its standard error over texts; KL(p_u || p) in nats,
 what control costs, a text and a token; the perplexity of the texts under the uncontrolled model;
-the share of distinct pairs of words among all pairs (low: the texts repeat each other). Perplexity
-is at --temperature.
+the share of distinct pairs of words among all pairs (low: the texts repeat each other).
 
 Limitations: texts are cut at --tokens, not at the end of a sentence.
 """
@@ -34,7 +33,7 @@ ANSI = {1: 153, 2: 111, 3: 69, -1: 223, -2: 215, -3: 208}           # blues, ora
 WEB = {1: "#d3e5f7", 2: "#8fc1ec", 3: "#4a94db", -1: "#fde3c3", -2: "#f9bd7a", -3: "#ef8f2e"}
 
 def pieces(tokenizer, tokens):
-    """[token, ..] -> [(text, [t, ..]), ..]: tokens that share a character stay together."""
+    """[token, ..] -> [(text, [t, ..]), ..]: tokens that share a character stay together"""
     found, data, places = [], b"", []
     for t, token in enumerate(tokens):
         data, places = data + tokenizer.encoding.decode_single_token_bytes(token), places + [t]
@@ -55,8 +54,7 @@ def lines(found):
         column += width
     return rows
 
-def level(nats):
-    """-3 .. 3, on a fixed scale of 2 nats each way"""
+def level(nats):                        # -3 .. 3, on a fixed scale of 2 nats each way
     return max(-3, min(3, round(nats * 3 / 2)))
 
 def blocks(values, low, high):
@@ -153,6 +151,16 @@ def figures(rollout, rewards, texts):
             f"{(-rollout.logp[mask].mean()).exp():.3g}",
             f"{len(set(pairs)) / len(pairs):.2g}" if pairs else "n/a"]
 
+def show_table(results):
+    """Print {label: (rollout, rewards, texts)} as rows, and the gain."""
+    heads = ("", "reward", "+-", "KL a text", "a token", "perplexity", "distinct")
+    print()
+    for cells in (heads, *((label, *figures(*result)) for label, result in results.items())):
+        print(f"{cells[0]:18}" + "".join(f"{cell:>11}" for cell in cells[1:]))
+    gain = results["with control"][1] - results["without control"][1]
+    error = f"{gain.std() / math.sqrt(len(gain)):.2g}" if len(gain) > 1 else "n/a"
+    print(f"gain {gain.mean():+.3g} +- {error}, paired")
+
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[1], usage=argparse.SUPPRESS,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -222,13 +230,7 @@ def main(argv=None):
         args.svg.parent.mkdir(parents=True, exist_ok=True)
         picture = svg({label: texts[0] for label, texts in traces.items()})
         args.svg.write_text(picture, encoding="utf-8")
-    heads = ("", "reward", "+-", "KL a text", "a token", "perplexity", "distinct")
-    print()
-    for cells in (heads, *((label, *figures(*result)) for label, result in results.items())):
-        print(f"{cells[0]:18}" + "".join(f"{cell:>11}" for cell in cells[1:]))
-    gain = results["with control"][1] - results["without control"][1]
-    error = f"{gain.std() / math.sqrt(len(gain)):.2g}" if len(gain) > 1 else "n/a"
-    print(f"gain {gain.mean():+.3g} +- {error}, paired")
+    show_table(results)
 
 if __name__ == "__main__":
     try:

@@ -118,7 +118,7 @@ def report(value, rollout, partial):
     error, constant = (V - to_come).square().mean(), to_come.var()
     print(f"{len(mask)} held-out texts, all states: R^2 of V for the reward still to come "
           f"{1 - error / constant:.3f},\nof reward so far + V for the outcome "
-          f"{1 - error / outcome.var():.3f}" + int(error > constant) * "; V is worse than a constant")
+          f"{1 - error / outcome.var():.3f}" + (error > constant) * "; V is worse than a constant")
 
 def check_out(path, info):
     """Before any work: can the net be written, and what does it replace?"""

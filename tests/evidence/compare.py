@@ -8,7 +8,8 @@ One set of rollouts a seed trains all methods. The step size is the one that cos
 states of these rollouts, so nothing is tuned on the prompts of the report; the KL printed is what
 the reported texts cost. A gain is the mean reward less that of the uncontrolled texts drawn with
 the same uniforms. On the tiny language it is also given as a share of the optimum at that KL, which
-exact.py computes; samples may put it above 100%. Each (method, seed) is appended to --json as it is
+exact.py computes; chance may put it above 100%. Each training reports on draws of its own, so that
+the error over trainings is also that of the texts. Each (method, seed) is added to --json as it is
 done, and not done again.
 
     q, q-end    train_value.py's default; without step rewards
@@ -41,7 +42,8 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 import baselines                                                                    # noqa: E402
 import finetune                                                                     # noqa: E402
 import train_value                                                                  # noqa: E402
-from control import Rollout, ascend, generate, read_prompts, step_for_kl, uniform_table  # noqa: E402
+from control import Rollout, ascend, generate, read_prompts                         # noqa: E402
+from control import step_for_kl, uniform_table                                      # noqa: E402
 from exact import Exact                                                             # noqa: E402
 from model import InputError, load                                                  # noqa: E402
 from value import load_reward                                                       # noqa: E402
@@ -55,7 +57,7 @@ TASKS = {"toy": dict(model=train_value.TOY, tokens=32, rollouts=4000, samples=80
                          prefix="This is one of the best films I have ever seen, I loved it.",
                          train=SHARED / "prompts" / "reviews-train.txt",
                          test=ROOT / "tests" / "openings.txt")}
-REPORT = 1000       # seed of the reported texts' uniforms; trainings have 1, 2, ..
+REPORT = 1000       # the uniforms of training 1 have seed 1, of its report 1001, and so on
 
 class Task:
     """Its model, reward and prompts, and the uncontrolled texts that gains are measured against"""
@@ -68,17 +70,21 @@ class Task:
         self.reward = load_reward(args.reward, args.device, "gpt2")
         self.train, self.test = (read_prompts(self.model, self.tokenizer, task["model"],
                                               path=task.get(key)) for key in ("train", "test"))
-        self.free = self.draw(self.test, self.samples, REPORT)
-        self.base = self.score(self.test, self.free)
         self.exact = {} if args.task != "toy" else self.optimum(self.draw(
             self.test, 6000, 777, record=True))
 
     def optimum(self, rollout):
         return Exact(self.model, self.tokenizer, self.test, rollout, self.tokens)
 
-    def draw(self, prompts, samples, seed, controller=None, model=None, **options):
+    def report_on(self, seed):
+        """Every training reports on texts of its own: then its error is also that of the texts."""
+        self.seed = REPORT + seed
+        self.free = self.draw(self.test, self.samples, self.seed)
+        self.base = self.score(self.test, self.free)
+
+    def draw(self, prompts, samples, seed, controller=None, **options):
         """-> a Rollout of so many texts, from the prompts in turn"""
-        return generate(model or self.model, in_turn(prompts, samples),
+        return generate(self.model, in_turn(prompts, samples),
                         uniform_table(samples, self.tokens, seed), controller,
                         batch=1024 if self.model.wte.weight.is_cuda else 128, **options)
 
@@ -114,7 +120,8 @@ def in_turn(prompts, samples):
 
 def style(texts):
     pairs = (texts.tokens[:, :-1] * 2 ** 20 + texts.tokens[:, 1:]).cpu()
-    groups = [part[seen] for part, seen in zip(pairs.split(100), texts.mask[:, 1:].cpu().split(100))]
+    masks = texts.mask[:, 1:].cpu()
+    groups = [part[mask] for part, mask in zip(pairs.split(100), masks.split(100))]
     return {"perplexity": (-texts.logp[texts.mask].mean()).exp().item(),
             "distinct": sum(len(part.unique()) / len(part) for part in groups) / len(groups)}
 
@@ -158,9 +165,10 @@ def next_round(task, control, step, seed):
     return climbing(value), rollout
 
 def prepare(method, task, learned, seed):
-    """-> setting(nats) -> texts() -> a Rollout of reported texts; the first two are what is timed"""
+    """-> setting(nats) -> texts() -> a Rollout to report on; the first two are what is timed"""
     rollout, partial = learned
-    prompts, table = in_turn(task.test, task.samples), uniform_table(task.samples, task.tokens, REPORT)
+    prompts = in_turn(task.test, task.samples)
+    table = uniform_table(task.samples, task.tokens, task.seed)
     few, few_table = in_turn(task.train, 256), uniform_table(256, task.tokens, seed)
     if method == "dpo":
         tuned = finetune.dpo(task.model, in_turn(task.train, len(rollout.mask)), rollout,
@@ -175,13 +183,18 @@ def prepare(method, task, learned, seed):
     if method == "guided":
         return sized(lambda *rest: baselines.guided(task.model, value, *rest), few, few_table,
                      prompts, table)
+    rounds = int(method[7:]) if method.startswith("rounds") else 1
+    return setting_of(control, task, rollout, [seed + 100 * i for i in range(1, rounds)])
 
+def setting_of(control, task, rollout, seeds=()):
+    """A setting whose step is found on the rollout, after a round of policy iteration a seed"""
     def setting(nats, control=control, states=rollout):
         step = step_for_kl(task.model, control, states, nats)
-        for i in range(1, int(method[7:]) if method.startswith("rounds") else 1):
-            control, states = next_round(task, control, step, seed + 100 * i)
+        for seed in seeds:
+            control, states = next_round(task, control, step, seed)
             step = step_for_kl(task.model, control, states, nats)
-        return lambda: task.draw(task.test, task.samples, REPORT, lambda hidden: control(hidden, step))
+        return lambda: task.draw(task.test, task.samples, task.seed,
+                                 lambda hidden: control(hidden, step))
     return setting
 
 def sized(texts, few, few_table, prompts, table):
@@ -191,7 +204,7 @@ def sized(texts, few, few_table, prompts, table):
         return lambda: texts(prompts, table, size)
     return setting
 
-def trained_points(method, task, learned, seed):
+def trained_points(method, task, learned, seed, prepare=prepare):
     """-> points, seconds of preparation"""
     start = time.time()
     setting = prepare(method, task, learned, seed)
@@ -223,17 +236,20 @@ def best_of_points(task, seed):
 
 def prefix_points(task):
     """One point, at the KL that the sentence costs; the reward does not read the sentence"""
-    prompts, words = in_turn(task.test, task.samples), task.tokenizer.encode(task.settings["prefix"])
+    prompts = in_turn(task.test, task.samples)
+    words = task.tokenizer.encode(task.settings["prefix"])
     bos = [] if task.model.config.bos is None else [task.model.config.bos]
     longer = [bos + words + task.tokenizer.encode(" " + task.tokenizer.decode(prompt))
               for prompt in prompts]
-    texts = task.draw(longer, task.samples, REPORT)
+    texts = task.draw(longer, task.samples, task.seed)
     return [task.measure(0, finetune.compared(texts, task.model, prompts, task.model, longer))], 0.0
 
 def points_of(method, task, learned, seed):
     if method == "best-of":
         return best_of_points(task, seed)
-    return prefix_points(task) if method == "prefix" else trained_points(method, task, learned, seed)
+    if method == "prefix":
+        return prefix_points(task)
+    return trained_points(method, task, learned, seed)
 
 def cell(points, exact):
     """gain ± standard error @ KL, share of the optimum"""
@@ -296,6 +312,7 @@ def records(path, methods, args, points_of=points_of):
         missing = [method for method in methods if (method, seed) not in done]
         if missing:
             task = task or Task(args)
+            task.report_on(seed)
             if not lines:
                 add("none", 0, **task.uncontrolled())
             learned = task.learn(seed) if {*missing} - {"best-of", "prefix"} else None

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 BETA, EPOCHS, PAIRS = 0.1, 2, 16        # beta in nats; pairs of texts in a batch
 
 def states(model, prompts, tokens):
-    """Prompts [[token, ..], ..] and tokens (N, T) drawn after them -> the states before each draw"""
-    rows = [torch.cat([tokens.new_tensor(prompt), row[:-1]]) for prompt, row in zip(prompts, tokens)]
+    """Prompts [[token, ..], ..], tokens (N, T) drawn after them -> the states before each draw"""
+    rows = [torch.cat([tokens.new_tensor(p), row[:-1]]) for p, row in zip(prompts, tokens)]
     hidden = model(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True))
     first = torch.tensor([len(prompt) - 1 for prompt in prompts], device=tokens.device)[:, None]
     places = first + torch.arange(tokens.size(1), device=tokens.device)             # (N, T)
@@ -26,7 +26,7 @@ def states(model, prompts, tokens):
 
 @torch.no_grad()
 def compared(rollout, model, prompts, other, others, group=16):
-    """A Rollout drawn from `other` after its prompts -> with its exact KL from `model` after these"""
+    """A Rollout drawn from `other` after `others` -> the same, with its KL from `model`'s draws"""
     kl, logp = torch.zeros_like(rollout.kl), torch.zeros_like(rollout.kl)
     for i in range(0, len(kl), group):
         rows, tokens = slice(i, i + group), rollout.tokens[i:i + group]
@@ -61,9 +61,9 @@ def dpo(model, prompts, rollout, outcome, seed, rate):
             rows = rows.T.flatten()                             # the better texts, then the others
             tokens, mask = rollout.tokens[rows], rollout.mask[rows]
             hidden = states(tuned, [prompts[i] for i in rows], tokens)
-            log_p = torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, -F.cross_entropy(
-                tuned.unembed(hidden[mask]), tokens[mask], reduction="none")).sum(1)
-            better, worse = (log_p - before[rows]).chunk(2)
+            logits = tuned.unembed(hidden).flatten(0, 1)
+            log_p = -F.cross_entropy(logits, tokens.flatten(), reduction="none").view(mask.shape)
+            better, worse = ((log_p * mask).sum(1) - before[rows]).chunk(2)
             loss = -F.logsigmoid(BETA * (better - worse)).mean()
             optimizer.zero_grad()
             loss.backward()
