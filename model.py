@@ -7,7 +7,6 @@ GPT-2 with its state in the open. A language model is a discrete-time stochastic
 
     hidden = model(tokens, cache)       # f: the cache of keys and values is the rest of the state
     logits = model.unembed(hidden)      # W h, a call of its own: control acts between the two
-
 Source: Radford et al. 2019, in the layout of the public checkpoints. Limitations: inference only,
 one model.safetensors (not sharded, not pickled), byte-pair tokenizers of GPT-2's kind.
 """
@@ -41,6 +40,7 @@ class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
         d, self.n_head = config.n_embd, config.n_head
+        assert d % self.n_head == 0, "n_head does not divide n_embd"
         self.ln_1, self.ln_2 = nn.LayerNorm(d, config.eps), nn.LayerNorm(d, config.eps)
         self.attn = nn.ModuleDict(dict(c_attn=nn.Linear(d, 3 * d), c_proj=nn.Linear(d, d)))
         self.mlp = nn.ModuleDict(dict(c_fc=nn.Linear(d, config.n_inner), gelu=nn.GELU(config.gelu),
@@ -172,7 +172,7 @@ def find(name, file):
     return own / file
 
 def read_json(path):
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return json.loads(path.read_text(encoding="utf-8-sig")) if path.is_file() else {}
 
 def read_config(name):
     """config.json, and generation_config.json's ends -> Config. ValueError for another network."""

@@ -118,7 +118,7 @@ def test_a_batch_of_unequal_rows_equals_its_rows():
 @pytest.mark.parametrize("edit, message", [
     ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
     ({"model_type": "llama"}, "llama"), ({"activation_function": "relu"}, "relu"),
-    ({"n_layer": 3}, "Missing key"), ({"n_embd": None}, "n_embd|NoneType")])
+    ({"n_layer": 3}, "Missing key"), ({"n_head": 3}, "n_head does not divide"), ({"n_embd": None}, "n_embd|NoneType")])
 def test_another_network_is_refused_in_one_line(tmp_path, edit, message):
     with pytest.raises(InputError, match=message) as error:
         load(checkpoint(tmp_path / "x", **edit))

@@ -2,15 +2,15 @@
 What control by a value function has to beat.
 
     static      one direction for all states: h + size d, d by ridge regression of the reward
-    static_h0   the same, from the first state of each text alone
+                (static-h0: from the first state of each text alone)
     guided      p_u(y) ~ p(y) exp(size (V(h') - V(h))), h' the state after y, which the model is run
                 to find, for the likeliest candidates y (value-guided decoding, as in FUDGE, Yang
                 and Klein 2021, and in controlled decoding, Mudgal et al. 2024)
     best_of_n   draw n texts, keep the one with the highest reward
     literal     the paper's net and optimizer to the letter, but four passes over the rollouts
 
-`static` and `static_h0` return control(hidden, step_size) -> u, as control.step_for_kl takes it.
-`guided` returns texts, `literal` a net to climb in 30 steps. finetune.py is DPO.
+`static` returns control(hidden, step_size) -> u, as control.step_for_kl takes it, `guided` texts,
+`literal` a net to climb in 30 steps. finetune.py is DPO.
 """
 import math
 
@@ -20,8 +20,6 @@ import torch.nn as nn
 from control import Rollout, Sampler
 from value import ValueNet, bellman_targets
 
-# ------------------------------------------------------------------------------- one direction
-
 def regression(hidden, outcome, std, ridge):
     """States (n, n_embd) and outcomes (n,) -> d (n_embd,), uphill in the states' own units"""
     x = hidden.float() / std
@@ -30,22 +28,17 @@ def regression(hidden, outcome, std, ridge):
     gram.diagonal().add_(ridge * gram.diag().mean())
     return torch.linalg.solve(gram, x.T @ y) * std
 
-def static(rollout, outcome, ridge=3.0):
-    """A Rollout with states and its rewards (N,) -> control. The ridge is in units of the mean
-    squared feature; 3 is best, or nearly, on the reviews."""
-    outcome = outcome.to(rollout.mask.device)[:, None].expand(rollout.mask.shape)[rollout.mask]
-    hidden = rollout.hidden[rollout.mask].float()
-    direction = regression(hidden, outcome, hidden.std(0), ridge)
+def static(rollout, outcome, first=False, ridge=3.0):
+    """
+    A Rollout with states and its rewards (N,) -> control, from all states or the first of each
+    text (with one prompt these hold nothing). The ridge is in units of the mean squared feature; 3
+    is best, or nearly, on the reviews.
+    """
+    mask, std = rollout.mask.clone(), rollout.hidden[rollout.mask].float().std(0)
+    mask[:, 1:] &= not first
+    outcome = outcome.to(mask.device)[:, None].expand(mask.shape)[mask]
+    direction = regression(rollout.hidden[mask], outcome, std, ridge)
     return lambda hidden, size: (size * direction).expand(len(hidden), -1)
-
-def static_h0(rollout, outcome, ridge=3.0):
-    """The same from the first states, where they differ: with one prompt they hold nothing."""
-    hidden = rollout.hidden[:, 0].float()
-    std = rollout.hidden[rollout.mask].float().std(0)
-    direction = regression(hidden, outcome.to(hidden.device), std, ridge)
-    return lambda hidden, size: (size * direction).expand(len(hidden), -1)
-
-# ----------------------------------------------------------------------------------- look-ahead
 
 def look_ahead(model, value, cache, hidden, size, candidates):
     """hidden (B, n_embd) -> log p and log p_u (B, n_vocab); the cache is as before"""
@@ -82,12 +75,6 @@ def size_for_kl(texts_at, nats, rounds=4):
         size *= max(min(math.sqrt(nats / max(kl, 1e-9)), 10), 0.1)
     return size
 
-# ------------------------------------------------------------------------------------ best of n
-
-def best_of_n(rewards, n):
-    """rewards (at least n, N) of texts from the same prompts -> which is kept (N,)"""
-    return rewards[:n].argmax(0)
-
 def best_of_kl(rewards, n):
     """
     Rewards of one prompt's texts (any shape) -> KL(best of n || one text), nats.
@@ -100,8 +87,6 @@ def best_of_kl(rewards, n):
     at_most = torch.cat([torch.zeros(1).double(), counts.cumsum(0) / counts.sum()])
     p, p_n = at_most.diff(), (at_most ** n).diff()
     return torch.special.xlogy(p_n, p_n / p).sum().item()
-
-# --------------------------------------------------------------------------------- the paper's V
 
 def literal(rollout, rewards, seed, epochs=4, batch=64):
     """Rewards r_t (N, T) -> a frozen ValueNet: ReLU, width 4096, Adam at 1e-4, raw states, lam 0"""

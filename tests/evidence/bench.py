@@ -30,12 +30,11 @@ PROMPT, ROUNDS = 16, 3
 
 def seconds(run, device):
     """Of one call, the device's work included."""
-    if device == "cuda":
-        torch.cuda.synchronize()
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    wait()
     started = time.perf_counter()
     run()
-    if device == "cuda":
-        torch.cuda.synchronize()
+    wait()
     return time.perf_counter() - started
 
 def bandwidth(device):

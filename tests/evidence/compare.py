@@ -1,7 +1,7 @@
 """
 Every method at equal KL: gain in reward, mean over trainings and its standard error.
 
-    python tests/evidence/compare.py --json out/toy.jsonl
+    python tests/evidence/compare.py
     python tests/evidence/compare.py --task reviews --methods q,static --seeds 3
 
 One set of rollouts a seed trains all methods. The step size is the one that costs the budget on the
@@ -17,9 +17,8 @@ done, and not done again.
     q-dV        q-end, but its V differentiated instead of its gradient head
     rounds-2    policy iteration: q trained again on as many texts under the control so far, of
                 rewards r_t - beta KL_t, beta = 1 / step_size; rounds-4: three times more
-    plain       V alone, differentiated
-    paper       the paper's way, with one step; literal: to the letter, see baselines.py
-    static, static-h0, guided (plain's V), best-of (n as in TASKS): baselines.py
+    plain, paper    V alone, differentiated; the paper's way, with one step
+    static, static-h0, guided (plain's V), best-of (n as in TASKS), literal: baselines.py
     prefix      a sentence of praise before every prompt (reviews), at the KL that it costs
     dpo         all weights fine-tuned: finetune.py
 
@@ -28,6 +27,7 @@ of tokens among all pairs, in groups of 100 texts. s: seconds to train and to fi
 budgets together, without drawing and scoring the rollouts (rounds: with those of later rounds).
 """
 import argparse
+import functools
 import json
 import math
 import os
@@ -51,7 +51,7 @@ from value import load_reward                                                   
 SHARED = ROOT.parent / "shared"
 METHODS = "q,rounds-2,q-30,q-end,q-dV,plain,paper,static,static-h0,best-of,guided,prefix,dpo"
 TASKS = {"toy": dict(model=train_value.TOY, tokens=32, rollouts=4000, samples=8000,
-                     budgets=(0.1, 0.3, 0.8), best_of=(2, 3, 5), dpo_rate=1e-4),
+                     budgets=(0.1, 0.3, 0.8), best_of=(2, 3, 5), dpo_rate=3e-4),
          "reviews": dict(model=SHARED / "imdb-mini", tokens=24, rollouts=9600, samples=2400,
                          budgets=(0.5, 1, 2), best_of=(3, 6, 16), dpo_rate=3e-5,
                          prefix="This is one of the best films I have ever seen, I loved it.",
@@ -102,8 +102,8 @@ class Task:
 
     def uncontrolled(self):
         """The record that the table and the chart begin with"""
-        optimum = self.exact and {"optimum": [self.exact.kl.tolist(), self.exact.gain.tolist()]}
-        return {"mean": self.base.mean().item()} | style(self.free) | optimum
+        exact = self.exact and {"optimum": [self.exact.kl.tolist(), self.exact.gain.tolist()]}
+        return {"mean": self.base.mean().item()} | style(self.free) | exact
 
     def point(self, nats, kl, change, texts):
         """change (N,): each text's reward less that of its uncontrolled partner"""
@@ -126,7 +126,6 @@ def style(texts):
             "distinct": sum(len(part.unique()) / len(part) for part in groups) / len(groups)}
 
 def climbing(value, radius=train_value.RADIUS, steps=1):
-    """-> control(hidden, size) -> u, in steps that share the size"""
     return lambda hidden, size: ascend(value, hidden, steps, size / steps, radius)
 
 def rewards_of(rollout, partial, step_rewards=True):
@@ -135,20 +134,23 @@ def rewards_of(rollout, partial, step_rewards=True):
         partial = partial * (torch.arange(partial.size(1)) >= ends)
     return partial.diff(dim=1).float().to(rollout.mask.device)
 
+def fit(task, rollout, rewards, seed, kind="q", **changed):
+    settings = {**train_value.METHODS[kind], **changed}
+    del settings["step_rewards"]
+    return train_value.train(task.model, rollout, rewards, **settings, seed=seed)
+
 def train(method, task, rollout, partial, seed):
     """-> control(hidden, step_size) -> u, and the net, if it has one"""
     if method.startswith("static"):
-        fit = baselines.static_h0 if method == "static-h0" else baselines.static
-        return fit(rollout, partial[:, -1]), None
-    settings = dict(train_value.METHODS[{"guided": "plain", "literal": "paper", "rounds": "q"}.get(
-        method.split("-")[0], method.split("-")[0])])
-    step_rewards = settings.pop("step_rewards") and method not in ("q-end", "q-dV")
-    rewards = rewards_of(rollout, partial, step_rewards)
-    radius = train_value.RADIUS if settings["standardised"] else math.inf
+        return baselines.static(rollout, partial[:, -1], first=method == "static-h0"), None
+    kind = method.split("-")[0]
+    kind = {"guided": "plain", "literal": "paper", "rounds": "q"}.get(kind, kind)
+    rewards = rewards_of(rollout, partial, kind == "q" and method not in ("q-end", "q-dV"))
+    radius = train_value.RADIUS if kind != "paper" else math.inf
     if method == "literal":
         value = baselines.literal(rollout, rewards, seed)
         return climbing(value, radius, 30), value
-    value = train_value.train(task.model, rollout, rewards, **settings, seed=seed)
+    value = fit(task, rollout, rewards, seed, kind)
     if method == "q-dV":
         value.gradient_head = None
     return climbing(value, radius, int(method[2:]) if method[2:].isdigit() else 1), value
@@ -158,18 +160,12 @@ def next_round(task, control, step, seed):
     rollout = task.draw(task.train, task.rollouts, seed, lambda hidden: control(hidden, step),
                         record=True)
     rewards = rewards_of(rollout, task.partial(task.train, rollout, True))
-    settings = dict(train_value.METHODS["q"])
-    del settings["step_rewards"]
-    value = train_value.train(task.model, rollout, rewards - rollout.kl * rollout.mask / step,
-                              **settings, seed=seed)
+    value = fit(task, rollout, rewards - rollout.kl * rollout.mask / step, seed)
     return climbing(value), rollout
 
 def prepare(method, task, learned, seed):
     """-> setting(nats) -> texts() -> a Rollout to report on; the first two are what is timed"""
     rollout, partial = learned
-    prompts = in_turn(task.test, task.samples)
-    table = uniform_table(task.samples, task.tokens, task.seed)
-    few, few_table = in_turn(task.train, 256), uniform_table(256, task.tokens, seed)
     if method == "dpo":
         tuned = finetune.dpo(task.model, in_turn(task.train, len(rollout.mask)), rollout,
                              partial[:, -1], seed, task.settings["dpo_rate"])
@@ -178,11 +174,10 @@ def prepare(method, task, learned, seed):
             other = finetune.between(task.model, tuned, s)
             return finetune.compared(generate(other, prompts, table), task.model, prompts, other,
                                      prompts)
-        return sized(tuned_texts, few, few_table, prompts, table)
+        return sized(tuned_texts, task, seed)
     control, value = train(method, task, *learned, seed)
     if method == "guided":
-        return sized(lambda *rest: baselines.guided(task.model, value, *rest), few, few_table,
-                     prompts, table)
+        return sized(functools.partial(baselines.guided, task.model, value), task, seed)
     rounds = int(method[7:]) if method.startswith("rounds") else 1
     return setting_of(control, task, rollout, [seed + 100 * i for i in range(1, rounds)])
 
@@ -197,11 +192,14 @@ def setting_of(control, task, rollout, seeds=()):
                                  lambda hidden: control(hidden, step))
     return setting
 
-def sized(texts, few, few_table, prompts, table):
-    """A setting whose size is searched on a few texts"""
+def sized(texts, task, seed):
+    """texts(prompts, uniforms, size) -> a setting whose size is searched on a few texts"""
+    def some(prompts, n, seed, size):
+        return texts(in_turn(prompts, n), uniform_table(n, task.tokens, seed), size)
+
     def setting(nats):
-        size = baselines.size_for_kl(lambda size: texts(few, few_table, size), nats)
-        return lambda: texts(prompts, table, size)
+        size = baselines.size_for_kl(functools.partial(some, task.train, 256, seed), nats)
+        return lambda: some(task.test, task.samples, task.seed, size)
     return setting
 
 def trained_points(method, task, learned, seed, prepare=prepare):
@@ -234,22 +232,17 @@ def best_of_points(task, seed):
                                  Rollout(*(field[best, rows] for field in fields))))
     return points, 0.0
 
-def prefix_points(task):
+def prefix_points(task, _):
     """One point, at the KL that the sentence costs; the reward does not read the sentence"""
-    prompts = in_turn(task.test, task.samples)
-    words = task.tokenizer.encode(task.settings["prefix"])
-    bos = [] if task.model.config.bos is None else [task.model.config.bos]
-    longer = [bos + words + task.tokenizer.encode(" " + task.tokenizer.decode(prompt))
-              for prompt in prompts]
+    prompts, bos = in_turn(task.test, task.samples), [task.model.config.bos]
+    longer = [bos + task.tokenizer.encode(f"{task.settings['prefix']} {task.tokenizer.decode(p)}")
+              for p in prompts]
     texts = task.draw(longer, task.samples, task.seed)
     return [task.measure(0, finetune.compared(texts, task.model, prompts, task.model, longer))], 0.0
 
 def points_of(method, task, learned, seed):
-    if method == "best-of":
-        return best_of_points(task, seed)
-    if method == "prefix":
-        return prefix_points(task)
-    return trained_points(method, task, learned, seed)
+    other = {"best-of": best_of_points, "prefix": prefix_points}.get(method)
+    return other(task, seed) if other else trained_points(method, task, learned, seed)
 
 def cell(points, exact):
     """gain ± standard error @ KL, share of the optimum"""
@@ -325,7 +318,10 @@ def records(path, methods, args, points_of=points_of):
                   file=sys.stderr, flush=True)
     return lines
 
+def main(args, points_of=points_of):
+    methods = args.methods.split(",")
+    free, *lines = records(args.json, methods, args, points_of)
+    table(free, lines, methods)
+
 if __name__ == "__main__":
-    args = parse_args(__doc__)
-    free, *lines = records(args.json, args.methods.split(","), args)
-    table(free, lines, args.methods.split(","))
+    main(parse_args(__doc__))

@@ -11,6 +11,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "toy"))
@@ -20,19 +21,7 @@ BETAS = [40, 30, 20, 16, 12, 10, 8, 6, 5, 4, 3.5, 3, 2.5, 2, 1.75, 1.5, 1.25, 1.
          .6, .5, .4, .3]
 ENOUGH = 20      # visits before a state's average is trusted; rarer states keep the grammar's own
 
-class Frontier:
-    """The largest gain at each KL: points (kl, gain), from (0, 0) up, on a concave curve."""
-    def __init__(self, points):
-        kl, gain = zip((0.0, 0.0), *sorted(points))
-        self.kl, self.gain = torch.tensor([kl, gain], dtype=torch.float64)
-
-    def best(self, kl):
-        """The largest gain in reward at this KL, interpolated."""
-        i = int(torch.searchsorted(self.kl, kl).clamp(1, len(self.kl) - 1))
-        weight = (kl - self.kl[i - 1]) / (self.kl[i] - self.kl[i - 1])
-        return (self.gain[i - 1] + weight.clamp(max=1) * (self.gain[i] - self.gain[i - 1])).item()
-
-class Exact(Frontier):
+class Exact:
     def __init__(self, model, tokenizer, prompts, rollout, n_tokens):
         """`rollout`: uncontrolled texts with states recorded, the prompts taken in turn."""
         self.spelling = [tokenizer.encoding.decode_single_token_bytes(i).decode(errors="replace")
@@ -54,16 +43,21 @@ class Exact(Frontier):
             raise ValueError("the prompts have to end in one state of the grammar")
         self.value = self.chain.value(self.start, n_tokens)
         points = [self.chain.frontier(self.start, n_tokens, beta) for beta in BETAS]
-        super().__init__([(kl, reward - self.value) for kl, reward in points])
+        self.kl, gain = torch.tensor([(0.0, self.value), *sorted(points)], dtype=torch.float64).T
+        self.gain = gain - self.value
+
+    def best(self, kl):
+        """The largest gain in reward at this KL, interpolated on a concave curve from (0, 0) up."""
+        return float(np.interp(kl, self.kl, self.gain))
 
     def tabulate(self, model, rollout):
         """-> transitions(state) of the model: its own probabilities, averaged state by state."""
         total, visits = defaultdict(float), defaultdict(int)
         rows, columns = zip(*self.where)
         hidden = rollout.hidden[rows, columns]
-        for states, part in zip(chunks(self.states, 4096), hidden.split(4096)):
-            probs = model.unembed(part).softmax(-1).double().cpu().numpy()
-            for state, p in zip(states, probs):
+        for i in range(0, len(hidden), 4096):
+            probs = model.unembed(hidden[i:i + 4096]).softmax(-1).double().cpu().numpy()
+            for state, p in zip(self.states[i:i + 4096], probs):
                 total[state] += p
                 visits[state] += 1
         index = {spelling: i for i, spelling in enumerate(self.spelling)}
@@ -86,6 +80,3 @@ class Exact(Frontier):
         rows, columns = zip(*self.where)
         return torch.tensor([self.chain.value(state, self.n_tokens - t)
                              for state, t in zip(self.states, columns)]), (rows, columns)
-
-def chunks(rows, size):
-    return [rows[i:i + size] for i in range(0, len(rows), size)]

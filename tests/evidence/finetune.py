@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-BETA, EPOCHS, PAIRS = 0.1, 2, 16        # beta in nats; pairs of texts in a batch
+BETA, EPOCHS, PAIRS = 0.1, 1, 16        # beta in nats; pairs of texts in a batch
 
 def states(model, prompts, tokens):
     """Prompts [[token, ..], ..], tokens (N, T) drawn after them -> the states before each draw"""
@@ -38,15 +38,11 @@ def compared(rollout, model, prompts, other, others, group=16):
 
 def pairs_of(outcome, n_prompts, generator):
     """Rewards (N,), the prompts taken in turn -> rows (pairs, 2), the better text first"""
-    pairs = []
-    for prompt in range(n_prompts):
-        rows = torch.arange(prompt, len(outcome), n_prompts)
-        rows = rows[torch.randperm(len(rows), generator=generator)]
-        a, b = rows[:len(rows) // 2 * 2].view(-1, 2).T
-        better = (outcome[a] > outcome[b])[:, None]
-        pair = torch.where(better, torch.stack([a, b], 1), torch.stack([b, a], 1))
-        pairs.append(pair[outcome[a] != outcome[b]])
-    return torch.cat(pairs)
+    turns = torch.randperm(len(outcome) // n_prompts // 2 * 2, generator=generator).view(2, -1, 1)
+    a, b = (turns * n_prompts + torch.arange(n_prompts)).flatten(1)
+    better = (outcome[a] > outcome[b])[:, None]
+    pairs = torch.where(better, torch.stack([a, b], 1), torch.stack([b, a], 1))
+    return pairs[outcome[a] != outcome[b]]
 
 def dpo(model, prompts, rollout, outcome, seed, rate):
     """Prompts and Rollout of N texts with rewards (N,) -> a tuned copy of the model"""
