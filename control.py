@@ -148,7 +148,7 @@ class Sampler:
             buffer.zero_()
         self.cache.used = 0
         hidden = self.model(tokens, self.cache, lengths)                        # (B, T, n_embd)
-        self.hidden.copy_(hidden[torch.arange(len(rows)), lengths - 1])
+        self.hidden.copy_(hidden[self.cache.rows[:, 0], lengths - 1])
 
     def step(self):
         """h_t -> u_t -> y_t -> h_{t+1} for every row"""

@@ -121,13 +121,13 @@ class Cache:
         self.used = 0                   # a bound on lengths that is known without asking the device
 
     def open(self, T, lengths=None):
-        """Room for T more -> their positions (B, T), and mask (B, 1, T, window), True: attend"""
+        """Room for T more -> their positions (B, T), and mask (B, 1, T, window), 0 or -inf"""
         self.used += T
         self.window = min(-(-self.used // self.WINDOW) * self.WINDOW, self.keys.size(3))
         self.positions = self.lengths[:, None] + torch.arange(T, device=self.rows.device)
         self.lengths += T if lengths is None else lengths
-        slots = torch.arange(self.window, device=self.rows.device)
-        return self.positions, (slots <= self.positions[:, :, None])[:, None]
+        seen = torch.arange(self.window, device=self.rows.device) <= self.positions[:, :, None]
+        return self.positions, seen[:, None].to(self.keys.dtype).log()      # bool: 36 kernels more
 
     def store(self, layer, k, v):
         """Write k, v (B, n_head, T, d) at self.positions (B, T) -> those of the window's slots"""
