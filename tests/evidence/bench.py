@@ -7,7 +7,8 @@ transformers' generate where that is installed, in one run.
 
 Random weights: speed does not depend on them. Rounds are interleaved and medians printed, since the
 machine may be shared. floor: the time to read weights and cache once, at the bandwidth of a large
-sum. The last line is JSON.
+sum. kernels: operations of a step that are not views, nearly what a GPU launches; KL is part of
+every step. The last line is JSON.
 """
 import argparse
 import json
@@ -18,6 +19,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from control import Sampler, ascend, steer, uniform_table                             # noqa: E402
@@ -37,13 +39,26 @@ def seconds(run, device):
     wait()
     return time.perf_counter() - started
 
+class Kernels(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+def kernels(sampler):
+    """Of one step."""
+    with Kernels() as mode:
+        sampler.step()
+    return mode.count
+
 def bandwidth(device):
     """Bytes a second of a sum over 400 MB."""
     numbers = torch.zeros(100_000_000, device=device)
     return numbers.nbytes / min(seconds(numbers.sum, device) for _ in range(5))
 
 def samplers(model, batch, tokens):
-    """{name: a run of `tokens` steps}"""
+    """-> {name: a run of `tokens` steps}, {name: kernels}"""
     value = ValueNet(model.config.n_embd).to(model.wte.weight.device).requires_grad_(False)
     prompts, table = [[50256] * PROMPT] * batch, uniform_table(batch, tokens, 0)
 
@@ -51,12 +66,14 @@ def samplers(model, batch, tokens):
         return ascend(value, hidden, steps, 1.0 / steps)
     how = {"plain": (None, math.inf), "control": (push, math.inf), "max-kl": (push, 0.1),
            "30 steps": (lambda hidden: push(hidden, 30), math.inf)}
-    runs = {}
+    runs, counts = {}, {}
     for name, (controller, max_kl) in how.items():
         sampler = Sampler(model, batch, PROMPT + tokens, tokens, False, lambda hidden, c=controller,
                           k=max_kl: steer(model, hidden, c, 1.0, k))
         runs[name] = lambda sampler=sampler: sampler.run(prompts, table)
-    return runs
+        sampler.begin(prompts, table)
+        counts[name] = kernels(sampler)
+    return runs, counts
 
 def transformers_run(shape, batch, tokens, device, dtype):
     """transformers' generate on the same shape, or None."""
@@ -86,7 +103,8 @@ def main():
     model.requires_grad_(False)
     speed, results = bandwidth(args.device), []
     for batch in map(int, args.batches.split(",")):
-        runs = samplers(model, batch, args.tokens)
+        with torch.no_grad():
+            runs, counts = samplers(model, batch, args.tokens)
         if other := transformers_run(args.shape, batch, args.tokens, args.device, dtype):
             runs["transformers"] = other
         with torch.no_grad():
@@ -99,9 +117,10 @@ def main():
         ms = {name: median(rounds) for name, rounds in times.items()}
         cache = 2 * n_layer * batch * (PROMPT + args.tokens) * n_embd * dtype.itemsize
         ms["floor"] = (sum(p.nbytes for p in model.parameters()) + cache) / speed * 1e3
-        results.append({"batch": batch, **ms})
+        results.append({"batch": batch, "kernels": counts, **ms})
         print(f"batch {batch:4}  " + "  ".join(f"{name} {t:.2f} ms" for name, t in ms.items()) +
               f"  {batch / ms['control'] * 1e3:.0f} tokens/s with control")
+    print("kernels    " + "  ".join(f"{name} {count}" for name, count in counts.items()))
     print(json.dumps({**vars(args), "ms_a_step": results}))
 
 if __name__ == "__main__":
