@@ -7,6 +7,7 @@ On the tiny language the grey curve is the exact optimum: only chance puts a met
 """
 import argparse
 import json
+import math
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean, pstdev
@@ -27,7 +28,12 @@ def read(path, methods):
     def average(points):
         kl, gain = zip(*points)
         return mean(kl), mean(gain), pstdev(gain) / max(len(gain) - 1, 1) ** 0.5
-    return {m: sorted(map(average, found[m].values())) for m in found}, sorted(optimum)
+    return {m: sorted(map(average, found[m].values())) for m in methods or found}, sorted(optimum)
+
+def ticks(low, high):
+    """Up to eight round numbers"""
+    step = next(s for s in (.01, .02, .05, .1, .2, .5, 1, 2, 5) if high - low < 8 * s)
+    return [step * i for i in range(math.ceil(low / step), int(high / step) + 1)]
 
 def draw(curves, optimum):
     points = [point for curve in curves.values() for point in curve]
@@ -48,20 +54,21 @@ def draw(curves, optimum):
     parts = [line([(0, high), (0, low), (right, low)], 'stroke="#888"'),
              line([(0, 0), (right, 0)], 'stroke="#ccc"'),
              line(optimum, 'stroke="#aaa" stroke-width="4"'),
-             f'<text x="{LEFT + 6}" y="14">gain in reward</text>',
+             text(*max(optimum), "optimum", 'dx="8" dy="4" fill="#888"') if optimum[1:] else "",
+             f'<text x="{LEFT + 8}" y="14">gain in reward</text>',
              text(right / 2, low, "KL, nats a text", 'dy="34" text-anchor="middle"')]
-    for i in range(5):
-        kl, gain = right * i / 4, low + (high - low) * i / 4
-        parts += [text(kl, low, f"{kl:.2f}", 'dy="16" text-anchor="middle"'),
-                  text(0, gain, f"{gain:.2f}", 'dx="-6" dy="4" text-anchor="end"')]
+    parts += [text(kl, low, f"{kl:.3g}", 'dy="16" text-anchor="middle"') for kl in ticks(0, right)]
+    parts += [text(0, gain, f"{gain:.3g}", 'dx="-6" dy="4" text-anchor="end"')
+              for gain in ticks(low, high)]
     for i, (method, curve) in enumerate(curves.items()):
         style = f'stroke="{COLOURS[i % len(COLOURS)]}" stroke-width="1.5"'
-        parts.append(line([(0, 0), *[point[:2] for point in curve]], style))
+        parts.append(line([point[:2] for point in curve], style))
         parts += [line([(kl, gain - 2 * e), (kl, gain + 2 * e)], style) for kl, gain, e in curve]
-        parts.append(f'<path d="M{WIDTH - LEGEND + 10} {22 + 18 * i}h16" {style}/>'
-                     f'<text x="{WIDTH - LEGEND + 30}" y="{26 + 18 * i}">{method}</text>')
+        parts.append(f'<path d="M{WIDTH - LEGEND + 10} {42 + 18 * i}h16" {style}/>'
+                     f'<text x="{WIDTH - LEGEND + 30}" y="{46 + 18 * i}">{method}</text>')
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 -4 {WIDTH} {HEIGHT + 4}" '
-            f'font-family="sans-serif" font-size="12">\n' + "\n".join(parts) + "\n</svg>\n")
+            f'font-family="sans-serif" font-size="12">\n<rect y="-4" width="{WIDTH}" '
+            f'height="{HEIGHT + 4}" fill="#f4f4f4"/>\n' + "\n".join(parts) + "\n</svg>\n")
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[1])

@@ -23,8 +23,9 @@ done, and not done again.
     dpo         all weights fine-tuned: finetune.py
 
 Of the largest budget's texts: ppl, the perplexity under the uncontrolled model; div, distinct pairs
-of tokens among all pairs, in groups of 100 texts. s: seconds to train and to find the sizes, all
-budgets together, without drawing and scoring the rollouts (rounds: with those of later rounds).
+of tokens among all pairs, in groups of 100 texts; judge, their gain in the reward --judge. s:
+seconds to train and to find the sizes, all budgets together, without drawing and scoring the
+rollouts (rounds: with those of later rounds).
 """
 import argparse
 import functools
@@ -44,14 +45,18 @@ import finetune                                                                 
 import train_value                                                                  # noqa: E402
 from control import Rollout, ascend, generate, read_prompts                         # noqa: E402
 from control import step_for_kl, uniform_table                                      # noqa: E402
-from exact import Exact                                                             # noqa: E402
+from exact import Exact, grammar                                                    # noqa: E402
 from model import InputError, load                                                  # noqa: E402
 from value import load_reward                                                       # noqa: E402
 
 SHARED = ROOT.parent / "shared"
 METHODS = "q,rounds-2,q-30,q-end,q-dV,plain,paper,static,static-h0,best-of,guided,prefix,dpo"
 TASKS = {"toy": dict(model=train_value.TOY, tokens=32, rollouts=4000, samples=8000,
-                     budgets=(0.1, 0.3, 0.8), best_of=(2, 3, 5), dpo_rate=3e-4),
+                     budgets=(0.1, 0.3, 0.8), best_of=(2, 3, 5), dpo_rate=3e-4,
+                     start=grammar.START),
+         "twist": dict(model=Path(train_value.TOY, "twist"), tokens=24, rollouts=4000,
+                       samples=8000, budgets=(0.1, 0.3, 0.8), best_of=(2, 3, 5), dpo_rate=3e-4,
+                       start=grammar.START_TWIST),
          "reviews": dict(model=SHARED / "imdb-mini", tokens=24, rollouts=9600, samples=2400,
                          budgets=(0.5, 1, 2), best_of=(3, 6, 16), dpo_rate=3e-5,
                          prefix="This is one of the best films I have ever seen, I loved it.",
@@ -67,20 +72,23 @@ class Task:
         self.tokens, self.budgets, self.best_of = task["tokens"], task["budgets"], task["best_of"]
         self.samples, self.rollouts = args.samples, args.rollouts
         self.model, self.tokenizer = load(task["model"], "gpt2", args.device)
-        self.reward = load_reward(args.reward, args.device, "gpt2")
+        self.reward, self.judge = (name and load_reward(name, args.device, "gpt2")
+                                   for name in (args.reward, args.judge))
         self.train, self.test = (read_prompts(self.model, self.tokenizer, task["model"],
                                               path=task.get(key)) for key in ("train", "test"))
-        self.exact = {} if args.task != "toy" else self.optimum(self.draw(
-            self.test, 6000, 777, record=True))
+        self.exact = self.optimum(self.draw(self.test, 6000, 777, record=True)) if (
+            "start" in task) else {}
 
     def optimum(self, rollout):
-        return Exact(self.model, self.tokenizer, self.test, rollout, self.tokens)
+        return Exact(self.model, self.tokenizer, self.test, rollout, self.tokens,
+                     self.settings["start"])
 
     def report_on(self, seed):
         """Every training reports on texts of its own: then its error is also that of the texts."""
         self.seed = REPORT + seed
         self.free = self.draw(self.test, self.samples, self.seed)
         self.base = self.score(self.test, self.free)
+        self.judged = self.judge and self.score(self.test, self.free, self.judge)
 
     def draw(self, prompts, samples, seed, controller=None, **options):
         """-> a Rollout of so many texts, from the prompts in turn"""
@@ -88,12 +96,13 @@ class Task:
                         uniform_table(samples, self.tokens, seed), controller,
                         batch=1024 if self.model.wte.weight.is_cuda else 128, **options)
 
-    def partial(self, prompts, rollout, step_rewards):
+    def partial(self, prompts, rollout, step_rewards, reward=None):
         rows = in_turn(prompts, len(rollout.mask))
-        return train_value.partial_rewards(self.reward, self.tokenizer, rows, rollout, step_rewards)
+        return train_value.partial_rewards(reward or self.reward, self.tokenizer, rows, rollout,
+                                           step_rewards)
 
-    def score(self, prompts, rollout):
-        return self.partial(prompts, rollout, False)[:, -1]
+    def score(self, prompts, rollout, reward=None):
+        return self.partial(prompts, rollout, False, reward)[:, -1]
 
     def learn(self, seed):
         """What methods learn from -> a Rollout with states, rewards so far (N, T + 1)"""
@@ -108,8 +117,11 @@ class Task:
     def point(self, nats, kl, change, texts):
         """change (N,): each text's reward less that of its uncontrolled partner"""
         gain, error = change.mean().item(), (change.std() / len(change) ** 0.5).item()
-        share = self.exact and {"share": gain / self.exact.best(kl)}
-        return {"nats": nats, "kl": kl, "gain": gain, "error": error} | style(texts) | share
+        other = {"share": gain / self.exact.best(kl)} if self.exact else {}
+        if self.judge:
+            judged = self.score(self.test, texts, self.judge) - self.judged
+            other["judged"] = judged.mean().item()
+        return {"nats": nats, "kl": kl, "gain": gain, "error": error} | style(texts) | other
 
     def measure(self, nats, texts):
         kl = (texts.kl * texts.mask).sum(1).mean().item()
@@ -248,29 +260,37 @@ def cell(points, exact):
     """gain ± standard error @ KL, share of the optimum"""
     if any("failed" in point for point in points):
         return f"{'no step costs it':>{22 if exact else 17}}"
-    gain = torch.tensor([point["gain"] for point in points])
-    error = f"{gain.std() / len(gain) ** 0.5:.3f}"[1:] if len(gain) > 1 else "   -"
     share = f" {100 * mean(points, 'share'):3.0f}%" if exact else ""
-    return f"{gain.mean():6.3f}±{error}@{mean(points, 'kl'):<5.2f}{share}"
+    gain = f"{mean(points, 'gain'):6.3f}±{error_of(points, 'gain')}"
+    return f"{gain}@{mean(points, 'kl'):<5.2f}{share}"
 
 def table(free, lines, methods):
     """A row a method, a column a budget"""
-    exact, width = "optimum" in free, max(map(len, methods))
+    exact, width, judge = "optimum" in free, max(map(len, methods)), free.get("judge")
     print(f"{free['task']}, {free['reward']}, {free['rollouts']} rollouts a training, "
-          f"{free['samples']} texts a point\n{'method':{width}}  n  gain ± error @ KL" +
-          exact * ", % of optimum" + "; ppl, div, s\n" + f"{'none':{width}}    reward "
-          f"{free['mean']:.3f}, ppl {free['perplexity']:.1f}, div {free['distinct']:.3f}")
+          f"{free['samples']} texts a point")
+    print(f"{'method':{width}}  n   gain ± error @ KL" + exact * ", % of optimum" +
+          "; ppl, div, s" + f"; judge {judge}" * bool(judge))
+    print(f"{'none':{width}}    reward {free['mean']:.3f}, ppl {free['perplexity']:.1f}, "
+          f"div {free['distinct']:.3f}")
     for method in methods:
         if rows := [line for line in lines if line["method"] == method]:
             columns = [*zip(*(row["points"] for row in rows))]
             last = [point for point in columns[-1] if "gain" in point]
             style = (f" {mean(last, 'perplexity'):4.1f} {mean(last, 'distinct'):.3f}"
                      f" {mean(rows, 'seconds'):3.0f}" if last else "")
-            print(f"{method:{width}} {len(rows):2}" +
+            if judge and last:
+                style += f" {mean(last, 'judged'):6.3f}±{error_of(last, 'judged')}"
+            print(f"{method:{width}} {len(rows):2} " +
                   " ".join(cell(points, exact) for points in columns) + style)
 
 def mean(rows, key):
     return sum(row[key] for row in rows) / len(rows)
+
+def error_of(rows, key):
+    """The standard error over trainings, without its 0"""
+    numbers = torch.tensor([row[key] for row in rows])
+    return f"{numbers.std() / len(rows) ** 0.5:.3f}".lstrip("0") if len(rows) > 1 else "   -"
 
 def parse_args(description, methods=METHODS):
     parser = argparse.ArgumentParser(description=description.split("\n")[1])
@@ -280,6 +300,7 @@ def parse_args(description, methods=METHODS):
     parser.add_argument("--samples", type=int, help="texts reported on, a point")
     parser.add_argument("--rollouts", type=int, help="texts learnt from, a training")
     parser.add_argument("--reward", default="sentiment", help="as for train_value.py")
+    parser.add_argument("--judge", help="another reward, that nothing is trained or steered by")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--json", type=Path, help="where records are kept (out/TASK.jsonl)")
     args = parser.parse_args()
@@ -291,8 +312,8 @@ def parse_args(description, methods=METHODS):
 def records(path, methods, args, points_of=points_of):
     """The records in the file, those that miss added to it as they come"""
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    settings = {key: vars(args)[key] for key in ("task", "reward", "samples", "rollouts")}
-    if any(line[key] != settings[key] for line in lines for key in settings):
+    settings = {key: vars(args)[key] for key in ("task", "reward", "judge", "samples", "rollouts")}
+    if any(line.get(key) != settings[key] for line in lines for key in settings):
         sys.exit(f"{path} was made with other settings than {settings}; name another --json")
     task, done = None, {(line["method"], line["seed"]) for line in lines}
     path.parent.mkdir(parents=True, exist_ok=True)

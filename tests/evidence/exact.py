@@ -1,5 +1,5 @@
 """
-The best gain any method could have at each KL, exactly, for the tiny model's language.
+The best gain any method could have at each KL, exactly, for the tiny models' two languages.
 
     p*(text) ~ p(text) exp(reward(text) / beta)          no distribution earns more at the same KL
 
@@ -22,25 +22,24 @@ BETAS = [40, 30, 20, 16, 12, 10, 8, 6, 5, 4, 3.5, 3, 2.5, 2, 1.75, 1.5, 1.25, 1.
 ENOUGH = 20      # visits before a state's average is trusted; rarer states keep the grammar's own
 
 class Exact:
-    def __init__(self, model, tokenizer, prompts, rollout, n_tokens):
-        """`rollout`: uncontrolled texts with states recorded, the prompts taken in turn."""
+    def __init__(self, model, tokenizer, prompts, rollout, n_tokens, start=grammar.START):
+        """rollout: uncontrolled texts with states recorded, the prompts taken in turn"""
         self.spelling = [tokenizer.encoding.decode_single_token_bytes(i).decode(errors="replace")
                          for i in range(model.config.n_vocab)]
         self.n_tokens = n_tokens
         self.states, self.where, parsed = [], [], 0
         for i, (tokens, mask) in enumerate(zip(rollout.tokens.tolist(), rollout.mask)):
             prompt = prompts[i % len(prompts)][1:]
-            path = grammar.parse([self.spelling[t] for t in prompt + tokens[:int(mask.sum())]])
+            words = [self.spelling[t] for t in prompt + tokens[:int(mask.sum())]]
+            path = grammar.parse(words, start)
             if path is not None:
                 parsed += 1
                 self.states += path[len(prompt):-1]
                 self.where += [(i, t) for t in range(int(mask.sum()))]
         self.grammatical = parsed / len(rollout.tokens)
         self.chain = grammar.Chain(self.tabulate(model, rollout))
-        starts = [grammar.parse([self.spelling[t] for t in prompt[1:]])[-1] for prompt in prompts]
-        self.start = starts[0]
-        if any(start != self.start for start in starts):
-            raise ValueError("the prompts have to end in one state of the grammar")
+        self.start, = {grammar.parse([self.spelling[t] for t in prompt[1:]], start)[-1]
+                       for prompt in prompts}           # the prompts end in one state
         self.value = self.chain.value(self.start, n_tokens)
         points = [self.chain.frontier(self.start, n_tokens, beta) for beta in BETAS]
         self.kl, gain = torch.tensor([(0.0, self.value), *sorted(points)], dtype=torch.float64).T

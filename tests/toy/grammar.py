@@ -16,11 +16,16 @@ over (state, tokens left), the exact value of every state and the exact KL-optim
 
 with V = reward and Z = exp(reward / beta) where the text ends or is cut. beta sweeps the frontier:
 no controller at all earns more reward at the same KL.
+
+The second language, from START_TWIST, is harder: its word that decides comes early, and the better
+word there leads to the worse end (SCRIPT).
+
+    this script was awful , but within an hour the music was lovely , great and warm .
 """
 import math
 from functools import lru_cache
 
-START = ("first", 0, 0)
+START, START_TWIST = ("first", 0, 0), ((0, 0), 0, 0)
 END = "<|endoftext|>"
 
 # For each slot: the words of a bright mood, those of a dark one.
@@ -29,6 +34,15 @@ VERBS = ((" was",), (" seemed",))
 ADVERBS = ((" very", " truly"), (" rather", " somewhat"))
 ADJECTIVES = ((" lovely", " great", " funny", " warm", " superb", " charming"),
               (" dull", " awful", " weak", " boring", " clumsy", " bad"))
+
+# The second language, place by place: (the words, how strongly they lean with the last adjective).
+# One place turns against it, 13 tokens after the first adjective: a bright beginning (+1 so far)
+# has a dark end, (1 - 3) / 4 = -0.5. What stands between announces the beginning, and nothing else.
+SCRIPT = [((("this",), ("the",)), 0), (NOUNS, 0), (VERBS, 0), (ADJECTIVES, 0), (" ,", 0),
+          (" but", 0), (((" within",), (" after",)), 1), (" an", 0), (" hour", 0), (" or", 0),
+          (" so", 0), (((" this",), (" the",)), 1), (NOUNS, 1), (VERBS, 0), (ADVERBS, 1),
+          (ADJECTIVES, -3), (" ,", 0), (ADJECTIVES, 2), (" and", 0), (ADJECTIVES, 2), (" .", 0),
+          (END, 0)]
 
 
 def sigmoid(x):
@@ -44,8 +58,12 @@ def mood(state):
 def lean(state, words, slot, strength=1.0, share=1.0):
     """The bright words, with probability sigmoid(strength * mood) in all, and the dark ones."""
     _, p, n = state
-    bright = sigmoid(strength * mood(state))
-    return [(share * total / len(group), word, (slot, p, n))
+    return split(words, sigmoid(strength * mood(state)), (slot, p, n), share)
+
+
+def split(words, bright, following, share=1.0):
+    """The bright words, with this probability in all, and the dark ones"""
+    return [(share * total / len(group), word, following)
             for group, total in zip(words, (bright, 1 - bright)) for word in group]
 
 
@@ -53,6 +71,8 @@ def lean(state, words, slot, strength=1.0, share=1.0):
 def choices(state):
     """state -> [(probability, token, next state)]; an ended text has none."""
     slot, p, n = state
+    if isinstance(slot, tuple):
+        return twist(state)
     if slot == "first":
         return lean(state, (("the",), ("this",)), "noun")
     if slot == "opening":
@@ -82,19 +102,34 @@ def adjectives(state, share=1.0):
             for q, word, _ in lean(state, ADJECTIVES, "link", strength=2.0, share=share)]
 
 
-def sample(rng):
+def twist(state):
+    """choices of the second language; its slot is (place in SCRIPT, sign of the last adjective)"""
+    (place, last), p, n = state
+    if place == len(SCRIPT):
+        return []
+    words, strength = SCRIPT[place]
+    if isinstance(words, str):
+        return [(1.0, words, ((place + 1, last), p, n))]
+    if words is not ADJECTIVES:
+        return split(words, sigmoid(strength * last), ((place + 1, last), p, n))
+    good, bad = ((place + 1, 1), p + 1, n), ((place + 1, -1), p, n + 1)
+    return [(q, word, good if word in words[0] else bad)
+            for q, word, _ in split(words, sigmoid(strength * last), None)]
+
+
+def sample(rng, start=START):
     """One review as its tokens, the end included, from a random.Random."""
-    state, tokens = START, []
+    state, tokens = start, []
     while options := choices(state):
         _, token, state = rng.choices(options, [q for q, _, _ in options])[0]
         tokens.append(token)
     return tokens
 
 
-def parse(tokens):
-    """Tokens -> the states they are drawn from, START first, and the last one reached.
+def parse(tokens, start=START):
+    """Tokens -> the states they are drawn from, the start first, and the last one reached.
     None where a token is not in the language."""
-    states = [START]
+    states = [start]
     for token in tokens:
         following = {word: s for _, word, s in choices(states[-1])}
         if token not in following:
@@ -103,9 +138,9 @@ def parse(tokens):
     return states
 
 
-def log_probability(tokens):
+def log_probability(tokens, start=START):
     """Log-probability of a review's tokens under the grammar, in nats."""
-    return sum(math.log(q) for state, token in zip(parse(tokens), tokens)
+    return sum(math.log(q) for state, token in zip(parse(tokens, start), tokens)
                for q, word, _ in choices(state) if word == token)
 
 
