@@ -11,7 +11,7 @@ Train a value function on the hidden states of a frozen GPT-2: rollouts -> rewar
 --method paper is the paper's way. The default, q, differs where that measured better:
     1. a gradient head, trained on the draws       (paper and plain: V alone, differentiated)
     2. step rewards                                (paper and plain: all of the reward at the end)
-    3. TD(lambda), lambda 0.8                      (paper: one-step targets, lambda 0)
+    3. TD(lambda), lambda 0.95                     (paper: one-step targets, lambda 0)
     4. states standardised                         (paper: raw states)
 """
 import argparse
@@ -27,8 +27,8 @@ from control import ascend, generate, read_prompts, step_for_kl, uniform_table
 from model import InputError, load
 from value import ValueNet, bellman_targets, load_reward
 
-METHODS = {"q": dict(gradient_head=True, lam=0.8, standardised=True, step_rewards=True),
-           "plain": dict(gradient_head=False, lam=0.8, standardised=True, step_rewards=False),
+METHODS = {"q": dict(gradient_head=True, lam=0.95, standardised=True, step_rewards=True),
+           "plain": dict(gradient_head=False, lam=0.95, standardised=True, step_rewards=False),
            "paper": dict(gradient_head=False, lam=0.0, standardised=False, step_rewards=False)}
 NATS = 0.5          # a text: what the saved step size costs
 RADIUS = 10.0       # of the ball: wide, since the nats are what bounds a step

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "toy"))
 import grammar                                                                        # noqa: E402
 
 BETAS = [40, 30, 20, 16, 12, 10, 8, 6, 5, 4, 3.5, 3, 2.5, 2, 1.75, 1.5, 1.25, 1.1, 1, .9, .8, .7,
-         .6, .5, .4, .3]
+         .6, .5, .4, .3, .25, .2, .15, .1, .07]
 ENOUGH = 20      # visits before a state's average is trusted; rarer states keep the grammar's own
 
 class Exact:
