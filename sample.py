@@ -57,10 +57,11 @@ def lines(found):
 def level(nats):                        # -3 .. 3, on a fixed scale of 2 nats each way
     return max(-3, min(3, round(nats * 3 / 2)))
 
-def blocks(values, low, high):
-    """Numbers -> a block each, between low and high"""
-    unit = max(high - low, 1e-9) / 7.99
-    return "".join("▁▂▃▄▅▆▇█"[int((value - low) / unit)] for value in values)
+def course(text, pair):
+    """The line of V: a block a token, on the scale of both texts of the pair"""
+    V, low, high = text["V"], *(f(v for one in pair for v in one["V"]) for f in (min, max))
+    line = "".join("▁▂▃▄▅▆▇█"[int((v - low) / max(high - low, 1e-9) * 7.99)] for v in V)
+    return f"V {V[0]:+.2f} {line} {V[-1]:+.2f}"
 
 @torch.no_grad()
 def trace(model, tokenizer, value, reward, prompt, rollout, i, steering):
@@ -83,7 +84,7 @@ def trace(model, tokenizer, value, reward, prompt, rollout, i, steering):
             "largest": [f"{name(drawn[t])} {kl[t]:.2f}" for t in kl.topk(min(3, len(kl))).indices],
             "moved": [f"there control raised {moved[0]}", f"and lowered {moved[1]}"]}
 
-def show(label, text, low, high, colour):
+def show(label, text, pair, colour):
     """Print a trace: the tinted tokens, or a row of signs below them; V; what control cost."""
     print(f"{label}, reward {text['reward']:+.2f}: {text['prompt']} ..")
     for row in text["lines"]:
@@ -99,10 +100,10 @@ def show(label, text, low, high, colour):
             signs = signs.ljust(column + (piece[0] == " ")) + "+-"[n < 0] * abs(n)
         if signs.strip():
             print("  " + signs.rstrip())
-    print(f"  V {text['V'][0]:+.2f} {blocks(text['V'], low, high)} {text['V'][-1]:+.2f}")
+    print(f"  {course(text, pair)}")
     if sum(text["kl"]) > 0:
-        print(f"  KL {sum(text['kl']):.2f} nats, most at {', '.join(text['largest'])}")
-        print("  " + "\n  ".join(text["moved"]))
+        print(f"  KL {sum(text['kl']):.2f} nats, most at {', '.join(text['largest'])}",
+              *text["moved"], sep="\n  ")
 
 def show_pairs(traces):
     """Print {label: [trace, ..]}, text by text."""
@@ -110,10 +111,9 @@ def show_pairs(traces):
     print("control made a token likelier: + or blue, less likely: - or orange, a sign or shade for "
           "each 2/3 nat")
     for pair in zip(*traces.values()):
-        V = [v for text in pair for v in text["V"]]
         print()
         for label, text in zip(traces, pair):
-            show(label, text, min(V), max(V), colour)
+            show(label, text, pair, colour)
 
 def svg(texts):
     """{label: trace} -> the same as a picture, readable on white and on dark"""
@@ -132,6 +132,8 @@ def svg(texts):
                 out.append(f'<rect x="{x:.1f}" y="{y - 15}" width="{width:.1f}" height="20" '
                            f'fill="{tint}"><title>{piece} {gain:+.2f} nats</title></rect>'
                            f'<text x="{x:.1f}" y="{y}" textLength="{width:.1f}">{piece}</text>')
+        y += 22
+        out.append(f'<text x="16" y="{y}" fill="#555">{course(text, texts.values())}</text>')
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 740 {y + 14}" {font}>'
             f'<rect width="740" height="{y + 14}" fill="#f4f4f4"/>{"".join(out)}</svg>')
 
@@ -222,14 +224,12 @@ def main(argv=None):
         texts = [tokenizer.decode(prompt + tokens[mask].tolist()) for prompt, tokens, mask
                  in zip(rows, rollout.tokens.cpu(), rollout.mask.cpu())]
         results[label] = rollout, reward([text or " " for text in texts]), texts
-        traces[label] = [
-          trace(model, tokenizer, value, reward, rows[i], rollout, i, partial(steer, model, **how))
-            for i in range(min(args.show, args.samples))]
+        traces[label] = [trace(model, tokenizer, value, reward, rows[i], rollout, i, partial(
+            steer, model, **how)) for i in range(min(args.show, args.samples))]
     show_pairs(traces)
     if args.svg:
         args.svg.parent.mkdir(parents=True, exist_ok=True)
-        picture = svg({label: texts[0] for label, texts in traces.items()})
-        args.svg.write_text(picture, encoding="utf-8")
+        args.svg.write_text(svg({label: texts[0] for label, texts in traces.items()}), "utf-8")
     show_table(results)
 
 if __name__ == "__main__":

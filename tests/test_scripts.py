@@ -27,6 +27,14 @@ def net(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def default_net(tmp_path_factory):
+    """What the README's first command trains."""
+    path = tmp_path_factory.mktemp("default") / "value.pt"
+    train_value.main(["--out", str(path)])
+    return path
+
+
 def run(script, *arguments, cwd=ROOT):
     return subprocess.run([sys.executable, str(ROOT / script), *arguments], cwd=cwd,
                           capture_output=True, text=True, timeout=100)
@@ -127,7 +135,9 @@ def test_lines_break_before_the_margin_and_know_wide_characters():
 def test_levels_are_fixed_thirds_of_two_nats():
     assert [sample.level(x) for x in (0, .3, .4, 1, 1.7, 9)] == [0, 0, 1, 2, 3, 3]
     assert [sample.level(-x) for x in (0, .3, .4, 1.1, 1.7, 9)] == [0, 0, -1, -2, -3, -3]
-    assert sample.blocks([-1, 0, 1], -1, 1) == "▁▄█" and sample.blocks([2, 2], 2, 2) == "▁▁"
+    low, flat = {"V": [-1, 0, 1]}, {"V": [1, 1]}
+    assert sample.course(low, [low, flat]) == "V -1.00 ▁▄█ +1.00"
+    assert sample.course(flat, [flat]) == "V +1.00 ▁▁ +1.00"
 
 
 def test_signs_stand_under_the_tokens_they_belong_to(net, capsys, monkeypatch):
@@ -135,10 +145,10 @@ def test_signs_stand_under_the_tokens_they_belong_to(net, capsys, monkeypatch):
     text = {"reward": 1.0, "prompt": "the", "V": [0.0, 1.0, 1.0], "kl": [0.1, 0.2, 0.0], "largest": ["x"],
             "moved": ["y"], "gain": [2.0, -0.7, 0.0],
             "lines": sample.lines([(" good", [0]), (" day", [1]), (" out", [2])])}
-    sample.show("with control", text, 0, 1, colour=False)
+    sample.show("with control", text, [text], colour=False)
     body = capsys.readouterr().out.splitlines()
     assert body[1] == "   good day out" and body[2].rstrip() == "   +++  -"
-    sample.show("with control", text, 0, 1, colour=True)
+    sample.show("with control", text, [text], colour=True)
     assert "\033[30;48;5;69m good\033[0m\033[30;48;5;223m day\033[0m out" in capsys.readouterr().out
 
 
@@ -177,4 +187,18 @@ def test_the_picture_is_valid_xml_with_every_token(net, tmp_path, capsys):
     root = ElementTree.parse(tmp_path / "a" / "t.svg").getroot()
     texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
     assert sum('a <b> & "c" ..' in text for text in texts) == 2
-    assert len(list(root.iter("{http://www.w3.org/2000/svg}title"))) == len(texts) - 2
+    assert len(list(root.iter("{http://www.w3.org/2000/svg}title"))) == len(texts) - 4      # labels, V
+
+
+@pytest.mark.parametrize("name, options", [("trace", []),
+                                           ("overdose", ["--radius", "1000", "--strength", "16"])])
+def test_the_readmes_picture_is_what_its_command_draws(default_net, tmp_path, name, options):
+    sample.main(["--value", str(default_net), "--svg", str(tmp_path / "new.svg"), *options])
+
+    def seen(path):                     # tokens and tints; numbers may differ in the last digit
+        drawn = ElementTree.parse(path).iter()
+        return [node.text if node.tag.endswith("text") else node.get("fill") for node in drawn
+                if node.tag.endswith(("text", "rect")) and not (node.text or "").startswith("V ")]
+    committed = ROOT / "tests" / "evidence" / f"{name}.svg"
+    assert f"{name}.svg" in (ROOT / "README.md").read_text()
+    assert seen(tmp_path / "new.svg") == seen(committed) and len(seen(committed)) > 20

@@ -21,8 +21,6 @@ def read(path, methods):
     for line in map(json.loads, Path(path).read_text().splitlines()):
         optimum |= set(zip(*line.get("optimum", [])))
         for point in line.get("points", []):
-            if point.get("share"):
-                optimum.add((point["kl"], point["gain"] / point["share"]))
             if "gain" in point and (not methods or line["method"] in methods):
                 found[line["method"]][point["nats"]].append((point["kl"], point["gain"]))
     def average(points):
