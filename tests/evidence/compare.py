@@ -13,7 +13,7 @@ the error over trainings is also that of the texts. Each (method, seed) is added
 done, and not done again.
 
     q, q-end    train_value.py's default; without step rewards
-    q-5, q-30   q with so many steps, which share the step size
+    q-5, q-30   q with so many steps, which share the step size; q-free, q-30-free: without a ball
     q-dV        q-end, but its V differentiated instead of its gradient head
     rounds-2    policy iteration: q trained again on as many texts under the control so far, of
                 rewards r_t - beta KL_t, beta = 1 / step_size; rounds-4: three times more
@@ -158,14 +158,15 @@ def train(method, task, rollout, partial, seed):
     kind = method.split("-")[0]
     kind = {"guided": "plain", "literal": "paper", "rounds": "q"}.get(kind, kind)
     rewards = rewards_of(rollout, partial, kind == "q" and method not in ("q-end", "q-dV"))
-    radius = train_value.RADIUS if kind != "paper" else math.inf
+    radius = math.inf if kind == "paper" or "free" in method else train_value.RADIUS
     if method == "literal":
         value = baselines.literal(rollout, rewards, seed)
         return climbing(value, radius, 30), value
     value = fit(task, rollout, rewards, seed, kind)
     if method == "q-dV":
         value.gradient_head = None
-    return climbing(value, radius, int(method[2:]) if method[2:].isdigit() else 1), value
+    steps = max(int(word) if word.isdigit() else 1 for word in method.split("-"))
+    return climbing(value, radius, steps), value
 
 def next_round(task, control, step, seed):
     """-> the control learnt from texts under this control, whose nats are taken off the rewards"""

@@ -35,7 +35,8 @@ def texts(value, n=200):
                V[i, :T].tolist() + [ends[i].item()])
 
 def picture(pair):
-    top, step = TOP + HEIGHT, (740 - LEFT - 20) / max(len(words) - 1 for words, *_ in pair)
+    last = max(len(words) for words, *_ in pair) - 1
+    top, step = TOP + HEIGHT, (740 - LEFT - 20) / last
     values = [v for _, *rows in pair for row in rows for v in row]
     low, high = min(values), max(values)
 
@@ -43,7 +44,7 @@ def picture(pair):
         return f"{LEFT + step * t:.1f},{TOP + HEIGHT * (high - v) / (high - low):.1f}"
     parts = [f'<rect width="740" height="{top + 2 * WORDS + 20}" fill="#f4f4f4"/>']
     for v in (low, 0, high):
-        parts.append(f'<polyline points="{at(0, v)} {at(1e9, v)}" stroke="#ccc"/>'
+        parts.append(f'<polyline points="{at(0, v)} {at(last, v)}" stroke="#ccc"/>'
                      f'<text transform="translate({at(0, v)})" dx="-40" dy="4">{v:+.2f}</text>')
     for n, (words, *rows) in enumerate(pair):
         for row, dash in zip(rows, ("3 4", "none")):
