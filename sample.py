@@ -5,10 +5,9 @@ Draw texts from a frozen GPT-2 without and with control, and show where control 
     python sample.py --radius 1000 --strength 16            # far too much: the texts break
     python sample.py --value out/gpt2.pt --prompt "The movie was" --svg out/trace.svg
 
-Both texts of a pair have the same prompt and the same random draws, so that they differ by control
-alone. The table's columns: the mean reward and its standard error over texts; KL(p_u || p) in nats,
-what control costs, a text and a token; the perplexity of the texts under the uncontrolled model;
-the share of distinct pairs of words among all pairs (low: the texts repeat each other).
+Both texts of a pair have the same prompt and random draws, so they differ by control alone. The
+table: mean reward and its standard error over texts; KL(p_u || p), what control costs, nats a text
+and a token; perplexity under the uncontrolled model; share of distinct pairs of words (low: dull).
 
 Limitations: texts are cut at --tokens, not at the end of a sentence.
 """
@@ -28,7 +27,7 @@ from control import ascend, generate, read_prompts, steer, uniform_table
 from model import InputError, load
 from value import ValueNet, load_reward
 
-COLUMNS = 92                        # of a printed line
+COLUMNS = 92                                                        # of a printed line
 ANSI = {1: 153, 2: 111, 3: 69, -1: 223, -2: 215, -3: 208}           # blues, oranges
 WEB = {1: "#d3e5f7", 2: "#8fc1ec", 3: "#4a94db", -1: "#fde3c3", -2: "#f9bd7a", -3: "#ef8f2e"}
 
@@ -59,9 +58,10 @@ def level(nats):                        # -3 .. 3, on a fixed scale of 2 nats ea
 
 def course(text, pair):
     """The line of V: a block a token, on the scale of both texts of the pair"""
-    V, low, high = text["V"], *(f(v for one in pair for v in one["V"]) for f in (min, max))
-    line = "".join("▁▂▃▄▅▆▇█"[int((v - low) / max(high - low, 1e-9) * 7.99)] for v in V)
-    return f"V {V[0]:+.2f} {line} {V[-1]:+.2f}"
+    both = [v for one in pair for v in one["V"]]
+    low, size = min(both), max(max(both) - min(both), 1e-9)
+    line = "".join("▁▂▃▄▅▆▇█"[int((v - low) / size * 7.99)] for v in text["V"])
+    return f"V {text['V'][0]:+.2f} {line} {text['V'][-1]:+.2f}"
 
 @torch.no_grad()
 def trace(model, tokenizer, value, reward, prompt, rollout, i, steering):
@@ -173,11 +173,11 @@ def parse_args(argv):
     dial("--max-kl", type=float, default=math.inf, help="the most control may cost, nats a token")
     dial("--steps", type=int, default=1, help="of gradient ascent; they share the step size")
     dial("--radius", type=float, help="of the ball around the state; 1: a state's typical distance "
-         "from the mean state (default: the net's)")
+         "from the mean state; None: the net's")
     what = parser.add_argument_group("texts").add_argument
     what("--prompt", action="append", default=[], help="may be given again")
     what("--prompts", help="a text file, one prompt a line; the model's bos, if any, comes before "
-         "each (default: prompts.txt beside the model, or the empty text)")
+         "each; None: prompts.txt beside the model, or the empty text")
     what("--samples", type=int, default=1000, help="texts, the prompts in turn")
     what("--tokens", type=int, default=32, help="tokens drawn a text, at most")
     what("--temperature", type=float, default=1.0, help="divides the logits before each draw")
@@ -186,8 +186,8 @@ def parse_args(argv):
     what("--svg", type=Path, help="the first pair as a picture")
     where = parser.add_argument_group("the model and the net").add_argument
     where("--value", default="out/value.pt", help="from train_value.py")
-    where("--model", help="gpt2, gpt2-medium, .. or a directory (default: the net's)")
-    where("--reward", help="as in train_value.py (default: the net's)")
+    where("--model", help="gpt2, gpt2-medium, .. or a directory; None: the net's")
+    where("--reward", help="as in train_value.py; None: the net's")
     devices = ["cuda"] * torch.cuda.is_available() + ["cpu"]
     where("--device", choices=devices, default=devices[0], help="where the model runs")
     args = parser.parse_args(argv)

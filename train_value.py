@@ -145,7 +145,7 @@ def parse_args(argv):
     where("--model", default=TOY, help="gpt2, gpt2-medium, .. or a directory")
     where("--tokenizer", help="of a model without tokenizer files, such as gpt2")
     where("--prompts", help="a text file, one prompt a line; the model's bos, if any, comes before "
-          "each (default: prompts.txt beside the model, or the empty text)")
+          "each; None: prompts.txt beside the model, or the empty text")
     where("--out", type=Path, default="out/value.pt", help="where the net is saved")
     devices = ["cuda"] * torch.cuda.is_available() + ["cpu"]
     where("--device", choices=devices, default=devices[0], help="where the model runs")
