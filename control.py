@@ -234,14 +234,15 @@ def step_for_kl(model, control, rollout, nats, states=512):
     hidden = hidden[chosen.to(hidden.device)]                                   # (states, n_embd)
     log_p = model.unembed(hidden).log_softmax(-1)
     low, high, step = 0.0, math.inf, 1.0
-    for _ in range(50):
+    for i in range(50):
         delta = model.unembed(control(hidden, step))
         spent = (kl_divergence((log_p + delta).log_softmax(-1), log_p).mean() * length).item()
         if abs(spent - nats) < 0.001 * nats:
             return step
         low, high = (step, high) if spent < nats else (low, step)
-        guess = step * math.sqrt(nats / max(spent, 1e-30))                      # KL grows as step^2
-        step = guess if low < guess < high else (low + min(high, 4 * low + 1e-6)) / 2   # else halve
+        step *= math.sqrt(nats / max(spent, 1e-30))                 # KL grows as step^2; where it
+        if not low < step < high or i % 3 == 2:                     # does not, halve the bracket
+            step = (low + min(high, 4 * low + 1e-6)) / 2
     raise InputError(f"no step of control costs {nats:g} nats a text: V is flat; choose a reward "
                      f"that varies more, or more rollouts")
 

@@ -181,9 +181,11 @@ def test_a_prompt_beyond_the_context_is_refused():
 
 def test_the_step_costs_the_nats_it_is_asked_for():
     rollout = generate(MODEL, PROMPTS, uniform_table(20, 25, 1), record=True)
-    for nats in (0.05, 0.5):
-        step = step_for_kl(MODEL, lambda h, s: ascend(VALUE, h, 1, s), rollout, nats)
-        log_p, log_q = steer(MODEL, rollout.hidden[rollout.mask], lambda h: ascend(VALUE, h, 1, step))
+    for nats, power in ((0.05, 1), (0.5, 1), (0.5, 1.9), (0.5, 4)):     # KL grows as step^(2 power)
+        def control(hidden, step):
+            return ascend(VALUE, hidden, 1, step ** power)
+        step = step_for_kl(MODEL, control, rollout, nats)
+        log_p, log_q = steer(MODEL, rollout.hidden[rollout.mask], lambda h: control(h, step))
         spent = kl_divergence(log_q, log_p).sum() / 20
         assert abs(spent - nats) < 0.01 * nats
     with pytest.raises(InputError, match="V is flat"):
