@@ -66,13 +66,18 @@ def guided(model, value, prompts, uniforms, size, candidates=20, batch=128):
         parts.append([column[:N - start].clone() for column in vars(out).values()])
     return Rollout(*map(torch.cat, zip(*parts)))
 
-def size_for_kl(texts_at, nats, rounds=4):
-    """The size at which texts_at(size), a few texts, cost so many nats; KL grows as size^2"""
-    size = 1.0
-    for _ in range(rounds):
+def size_for_kl(texts_at, nats, rounds=12):
+    """The size at which texts_at(size), a few texts, cost so many nats, to 5%; KL grows as size^2"""
+    low, high, size = 0.0, math.inf, 1.0
+    for i in range(rounds):
         texts = texts_at(size)
         kl = (texts.kl * texts.mask).sum(1).mean().item()
+        if abs(kl - nats) < 0.05 * nats:
+            break
+        low, high = (size, high) if kl < nats else (low, size)
         size *= max(min(math.sqrt(nats / max(kl, 1e-9)), 10), 0.1)
+        if not low < size < high or i % 3 == 2:
+            size = (low + min(high, 4 * low)) / 2
     return size
 
 def best_of_kl(rewards, n):
