@@ -12,6 +12,8 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import mean, pstdev
 
+import numpy as np
+
 WIDTH, HEIGHT, LEFT, BOTTOM, LEGEND = 480, 320, 50, 40, 110
 COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c564b"]
 
@@ -36,7 +38,9 @@ def ticks(low, high):
 def draw(curves, optimum):
     points = [point for curve in curves.values() for point in curve]
     right = 1.05 * max(kl for kl, *_ in points)
-    optimum = [(kl, gain) for kl, gain in optimum if kl <= right]
+    if optimum[1:]:
+        grid = np.linspace(0, right, 200)                             # its end: the best text
+        optimum = [*zip(grid, np.interp(grid, *zip(*optimum)))]
     gains = [0] + [gain + sign * 2 * error for _, gain, error in points for sign in (-1, 1)]
     low, high = min(gains), 1.05 * max(gains + [gain for _, gain in optimum])
 
