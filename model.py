@@ -127,7 +127,7 @@ class Cache:
         self.positions = self.lengths[:, None] + torch.arange(T, device=self.rows.device)
         self.lengths += T if lengths is None else lengths
         seen = torch.arange(self.window, device=self.rows.device) <= self.positions[:, :, None]
-        return self.positions, seen[:, None].to(self.keys.dtype).log()      # bool: 36 kernels more
+        return self.positions, seen[:, None].to(self.keys.dtype).log()  # as bools: 36 kernels more
 
     def store(self, layer, k, v):
         """Write k, v (B, n_head, T, d) at self.positions (B, T) -> those of the window's slots"""

@@ -73,7 +73,7 @@ def whitening(scores, W):
 def train(model, rollout, rewards, gradient_head, lam, standardised, seed, show=lambda *_: None):
     """
     A Rollout with states and its rewards r_t (N, T) -> a frozen ValueNet. Rewards are standardised
-    and scores whitened for training; both is folded back into the heads. InputError if it diverges.
+    and scores whitened for training; the heads undo both afterwards. InputError if it diverges.
     """
     torch.manual_seed(seed)
     mask, hidden, W = rollout.mask, rollout.hidden, model.wte.weight.float()
@@ -83,7 +83,7 @@ def train(model, rollout, rewards, gradient_head, lam, standardised, seed, show=
         value.mean.copy_(mean), value.std.copy_(std.clamp(min=1e-6))
     scale, shift = torch.std_mean(rewards.sum(1))
     last = torch.arange(mask.size(1), device=W.device) == mask.sum(1, keepdim=True) - 1
-    rewards = (rewards - shift * last) / scale
+    rewards = (rewards - shift * last) / scale          # outcomes have mean 0, deviation 1
     T = whitening(rollout.score[mask].float(), W) if gradient_head else None
     optimizer = torch.optim.AdamW([{"params": [p], "weight_decay": DECAY * (p.dim() > 1)}
                                    for p in value.parameters()], lr=RATE)      # none on biases

@@ -4,11 +4,11 @@ V(h), the reward still to come, read off the hidden state; g(h), its gradient; a
     x = (h - mean) / std                     of the training states
     f = phi(W1 x + b1)                       one hidden layer
     V(h) = w2 . f + b2                       value head
-    g(h) = G f                               gradient head; without one, std^2 dV/dh
+    g(h) = G f                               gradient head; without one, std dV/dx = std^2 dV/dh
     Q(h, y) = V(h) + g(h) . score(y)         the value of drawing y
     score(y) = W[y] - E_p[W]                 score function: grad_u log p_u(y) at u = 0
     target_t = r_t + (1 - lam) V(h_{t+1}) + lam target_{t+1}       Bellman, as TD(lambda)
-    loss = mean over states of (Q(h_t, y_t) - target_t)^2
+    loss = mean over states of (Q(h_t, y_t) - target_t)^2     (without g: V)
 
 Source: Kong et al. 2024 (arXiv 2406.05954), which trains V alone and climbs dV/dh. But values do
 not train their gradient. Control acts on the draw only, p_u(y) ~ exp(W[y] . (h + u)), so what to

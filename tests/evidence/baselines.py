@@ -67,7 +67,7 @@ def guided(model, value, prompts, uniforms, size, candidates=20, batch=128):
     return Rollout(*map(torch.cat, zip(*parts)))
 
 def size_for_kl(texts_at, nats, rounds=12):
-    """The size at which texts_at(size), a few texts, cost so many nats, to 5%; KL grows as size^2"""
+    """The size at which texts_at(size), a few texts, cost so many nats, to 5% if it is found"""
     low, high, size = 0.0, math.inf, 1.0
     for i in range(rounds):
         texts = texts_at(size)

@@ -5,7 +5,7 @@ Every method at equal KL: gain in reward, mean over trainings and its standard e
     python tests/evidence/compare.py --task reviews --methods q,static --seeds 3
 
 One set of rollouts a seed trains all methods. The step size is the one that costs the budget on the
-states of these rollouts, so nothing is tuned on the prompts of the report; the KL printed is what
+states of these rollouts, so nothing is tuned on the draws of the report; the KL printed is what
 the reported texts cost. A gain is the mean reward less that of the uncontrolled texts drawn with
 the same uniforms. On the tiny language it is also given as a share of the optimum at that KL, which
 exact.py computes; chance may put it above 100%. Each training reports on draws of its own, so that
@@ -52,13 +52,14 @@ from value import load_reward                                                   
 SHARED = ROOT.parent / "shared"
 METHODS = "q,rounds-2,q-30,q-end,q-dV,plain,paper,static,static-h0,best-of,guided,prefix,dpo"
 TASKS = {"toy": dict(model=train_value.TOY, tokens=32, rollouts=4000, samples=8000,
-                     budgets=(0.1, 0.3, 0.8), best_of=(2, 3, 5), dpo_rate=3e-4,
+                     budgets=(0.1, 0.3, 0.8), best_of=(2, 3, 5),
+                     dpo=(1e-4, 4, 1),                              # rate, epochs, beta
                      start=grammar.START),
          "twist": dict(model=Path(train_value.TOY, "twist"), tokens=24, rollouts=4000,
-                       samples=8000, budgets=(0.1, 0.3, 0.8), best_of=(2, 3, 5), dpo_rate=3e-4,
+                       samples=8000, budgets=(0.1, 0.3, 0.8), best_of=(2, 3, 5), dpo=(1e-4, 2, 1),
                        start=grammar.START_TWIST),
          "reviews": dict(model=SHARED / "imdb-mini", tokens=24, rollouts=9600, samples=2400,
-                         budgets=(0.5, 1, 2), best_of=(3, 6, 16), dpo_rate=3e-5,
+                         budgets=(0.5, 1, 2), best_of=(3, 6, 16), dpo=(3e-5, 1, 0.1),
                          prefix="This is one of the best films I have ever seen, I loved it.",
                          train=SHARED / "prompts" / "reviews-train.txt",
                          test=ROOT / "tests" / "openings.txt")}
@@ -165,8 +166,8 @@ def train(method, task, rollout, partial, seed):
     value = fit(task, rollout, rewards, seed, kind)
     if method == "q-dV":
         value.gradient_head = None
-    steps = max(int(word) if word.isdigit() else 1 for word in method.split("-"))
-    return climbing(value, radius, steps), value
+    steps = [int(word) for word in method.split("-") if word.isdigit() and method[0] == "q"]
+    return climbing(value, radius, *steps), value
 
 def next_round(task, control, step, seed):
     """-> the control learnt from texts under this control, whose nats are taken off the rewards"""
@@ -181,7 +182,7 @@ def prepare(method, task, learned, seed):
     rollout, partial = learned
     if method == "dpo":
         tuned = finetune.dpo(task.model, in_turn(task.train, len(rollout.mask)), rollout,
-                             partial[:, -1], seed, task.settings["dpo_rate"])
+                             partial[:, -1], seed, *task.settings["dpo"])
 
         def tuned_texts(prompts, table, s):
             other = finetune.between(task.model, tuned, s)
@@ -311,7 +312,7 @@ def parse_args(description, methods=METHODS):
     return args
 
 def records(path, methods, args, points_of=points_of):
-    """The records in the file, those that miss added to it as they come"""
+    """The records in the file; missing ones are added to it as they come"""
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     settings = {key: vars(args)[key] for key in ("task", "reward", "judge", "samples", "rollouts")}
     if any(line.get(key) != settings[key] for line in lines for key in settings):

@@ -1,10 +1,10 @@
 """
 Fine-tuning all weights on the same rollouts and rewards, to set beside a control that changes none.
 
-    -log sigmoid(beta (log p'(w) / p(w) - log p'(l) / p(l)))      w, l: the better and the worse of
-                                                                  two texts after one prompt
+    -log sigmoid(beta (log [p'(a) / p(a)] - log [p'(b) / p(b)]))      a, b: the better and the worse
+                                                                      of two texts after one prompt
 
-Source: Rafailov et al. 2023 (DPO, arXiv 2305.18290). For a chosen KL the weights are interpolated,
+Source: Rafailov et al. 2023 (DPO, arXiv 2305.18290). For a chosen KL the weights are
 w + s (w' - w), and s is searched (Ramé et al. 2023, arXiv 2306.04488): one tuning serves all
 budgets. `python tests/evidence/compare.py --methods dpo` trains and reports it, with its seconds.
 """
@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-BETA, EPOCHS, PAIRS = 0.1, 1, 16        # beta in nats; pairs of texts in a batch
+PAIRS = 16                              # pairs of texts in a batch
 
 def states(model, prompts, tokens):
     """Prompts [[token, ..], ..], tokens (N, T) drawn after them -> the states before each draw"""
@@ -26,7 +26,7 @@ def states(model, prompts, tokens):
 
 @torch.no_grad()
 def compared(rollout, model, prompts, other, others, group=16):
-    """A Rollout drawn from `other` after `others` -> the same, with its KL from `model`'s draws"""
+    """A Rollout drawn from `other` after `others` -> the same, with KL(other || model)"""
     kl, logp = torch.zeros_like(rollout.kl), torch.zeros_like(rollout.kl)
     for i in range(0, len(kl), group):
         rows, tokens = slice(i, i + group), rollout.tokens[i:i + group]
@@ -44,27 +44,26 @@ def pairs_of(outcome, n_prompts, generator):
     pairs = torch.where(better, torch.stack([a, b], 1), torch.stack([b, a], 1))
     return pairs[outcome[a] != outcome[b]]
 
-def dpo(model, prompts, rollout, outcome, seed, rate):
+def dpo(model, prompts, rollout, outcome, seed, rate, epochs, beta):
     """Prompts and Rollout of N texts with rewards (N,) -> a tuned copy of the model"""
     generator = torch.Generator().manual_seed(seed)
     before, tuned = (rollout.logp * rollout.mask).sum(1), deepcopy(model).requires_grad_(True)
     optimizer = torch.optim.AdamW(tuned.parameters(), lr=rate, weight_decay=0.0)
-    pairs = pairs_of(outcome, len({tuple(prompt) for prompt in prompts}), generator)
-    steps = EPOCHS * -(-len(pairs) // PAIRS)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
-    for _ in range(EPOCHS):
-        for rows in pairs[torch.randperm(len(pairs), generator=generator)].split(PAIRS):
-            rows = rows.T.flatten()                             # the better texts, then the others
-            tokens, mask = rollout.tokens[rows], rollout.mask[rows]
-            hidden = states(tuned, [prompts[i] for i in rows], tokens)
-            logits = tuned.unembed(hidden).flatten(0, 1)
-            log_p = -F.cross_entropy(logits, tokens.flatten(), reduction="none").view(mask.shape)
-            better, worse = ((log_p * mask).sum(1) - before[rows]).chunk(2)
-            loss = -F.logsigmoid(BETA * (better - worse)).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+    n_prompts = len({tuple(prompt) for prompt in prompts})
+    pairs = torch.cat([pairs_of(outcome, n_prompts, generator) for _ in range(epochs)])
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, -(-len(pairs) // PAIRS))
+    for rows in pairs[torch.randperm(len(pairs), generator=generator)].split(PAIRS):
+        rows = rows.T.flatten()                                 # the better texts, then the others
+        tokens, mask = rollout.tokens[rows], rollout.mask[rows]
+        hidden = states(tuned, [prompts[i] for i in rows], tokens)
+        logits = tuned.unembed(hidden).flatten(0, 1)
+        log_p = -F.cross_entropy(logits, tokens.flatten(), reduction="none").view(mask.shape)
+        better, worse = ((log_p * mask).sum(1) - before[rows]).chunk(2)
+        loss = -F.logsigmoid(beta * (better - worse)).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
     return tuned.requires_grad_(False)
 
 @torch.no_grad()

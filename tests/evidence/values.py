@@ -5,7 +5,8 @@ Is V a value function, and does Q keep what it promises?
     python tests/evidence/values.py --task reviews --seeds 3
 
 On as many held-out texts as are reported on, over all states, means over trainings and standard
-errors. R^2 is 1 - squared error / variance; below 0, a constant does better.
+errors, of methods of compare.py that train a net in one round. R^2 is 1 - squared error / variance;
+below 0, a constant does better.
 
     outcome   R^2 of reward so far + V for the reward of the finished text
     to come   R^2 of V for what is still to come; q-end and plain: the same as outcome
@@ -14,7 +15,7 @@ errors. R^2 is 1 - squared error / variance; below 0, a constant does better.
               the lowest, the middle and the highest fifth of the forecasts
     exact     R^2 of reward so far + V for the exact expected outcome (tiny language, exact.py)
     promised  sum_t E_{p_u}[Q] - V = g . (E_{p_u}[W] - E_p[W]) over controlled texts, which is what
-              they gain, were Q exact (performance difference, Kakade and Langford 2002)
+              they gain, were Q exact (performance difference, Kakade and Langford 2002); nan: no Q
 """
 import torch
 
