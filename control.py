@@ -214,7 +214,7 @@ def generate(model, prompts, uniforms, controller=None, temperature=1.0, max_kl=
     sampler = Sampler(model, batch, longest + T, T, record, steer=lambda hidden: steer(
         model, hidden, controller, temperature, max_kl))
     for start in range(0, N, batch):
-        rows = [i % N for i in range(start, start + batch)]             # the last batch is full, too
+        rows = [i % N for i in range(start, start + batch)]            # the last batch is full, too
         out = sampler.run([prompts[i] for i in rows], uniforms[rows])
         parts.append([column[:N - start].clone() for column in vars(out).values()])
         if progress:
