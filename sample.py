@@ -8,8 +8,6 @@ Draw texts from a frozen GPT-2 without and with control, and show where control 
 Both texts of a pair have the same prompt and random draws, so they differ by control alone. The
 table: mean reward and its standard error over texts; KL(p_u || p), what control costs, nats a text
 and a token; perplexity under the uncontrolled model; share of distinct pairs of words (low: dull).
-
-Limitations: texts are cut at --tokens, not at the end of a sentence.
 """
 import argparse
 import html
@@ -38,7 +36,7 @@ def pieces(tokenizer, tokens):
         data, places = data + tokenizer.encoding.decode_single_token_bytes(token), places + [t]
         text = data.decode(errors="replace")
         if "\ufffd" not in text or len(data) > 3 or t == len(tokens) - 1:
-            found.append((text.replace("\n", "⏎"), places))
+            found.append((re.sub(r"[\x00-\x1f\x7f]", "⏎", text), places))     # control characters
             data, places = b"", []
     return found
 
@@ -168,16 +166,14 @@ def parse_args(argv):
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser._negative_number_matcher = re.compile(r"-\.?\d")     # else -1e-1 is taken for an option
     dial = parser.add_argument_group("control").add_argument
-    dial("--strength", type=float, default=1.0, help="1: as trained, 2: twice, -1: the other way, "
-         "0: none")
+    dial("--strength", type=float, default=1.0, help="1 as trained, -1 the other way, 0 none")
     dial("--max-kl", type=float, default=math.inf, help="the most control may cost, nats a token")
     dial("--steps", type=int, default=1, help="of gradient ascent; they share the step size")
     dial("--radius", type=float, help="of the ball around the state; 1: a state's typical distance "
          "from the mean state; None: the net's")
     what = parser.add_argument_group("texts").add_argument
     what("--prompt", action="append", default=[], help="may be given again")
-    what("--prompts", help="a text file, one prompt a line; the model's bos, if any, comes before "
-         "each; None: prompts.txt beside the model, or the empty text")
+    what("--prompts", help="a file, one prompt a line; None: prompts.txt beside the model, or none")
     what("--samples", type=int, default=1000, help="texts, the prompts in turn")
     what("--tokens", type=int, default=32, help="tokens drawn a text, at most")
     what("--temperature", type=float, default=1.0, help="divides the logits before each draw")
@@ -193,8 +189,9 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     if min(args.samples, args.tokens, args.steps, args.seed) < 1 or args.svg and args.show < 1:
         parser.error("--samples, --tokens, --steps, --seed and, with --svg, --show are 1 or more")
-    if not (args.temperature > 0 and args.max_kl > 0 and math.isfinite(args.strength)):
-        parser.error("--temperature and --max-kl are above 0, --strength is finite")
+    above = args.temperature, args.max_kl, 1.0 if args.radius is None else args.radius
+    if not (all(number > 0 for number in above) and abs(args.strength) < 1e6):
+        parser.error("--temperature, --max-kl and --radius are above 0, --strength is below 1e6")
     return args
 
 def main(argv=None):
@@ -208,13 +205,12 @@ def main(argv=None):
     reward = load_reward(args.reward or info["reward"], args.device, info["tokenizer"])
     prompts = read_prompts(model, tokenizer, name, args.prompt, args.prompts)
     rows = [prompts[i % len(prompts)] for i in range(args.samples)]
-    radius = info["radius"] if args.radius is None else args.radius
     step_size = args.strength * info["step_size"] / args.steps
     print(f"model {name}, {len(prompts)} prompts; net {args.value}, {info['method']}\nreward "
           f"{args.reward or info['reward']}; control: {args.steps} x step size {step_size:.3g}")
 
     def controller(hidden):
-        return ascend(value, hidden, args.steps, step_size, radius)
+        return ascend(value, hidden, args.steps, step_size, args.radius or info["radius"])
 
     results, traces = {}, {}
     for label, control in (("without control", None), ("with control", controller)):
@@ -227,12 +223,16 @@ def main(argv=None):
         traces[label] = [trace(model, tokenizer, value, reward, rows[i], rollout, i, partial(
             steer, model, **how)) for i in range(min(args.show, args.samples))]
     show_pairs(traces)
-    if args.svg:
-        args.svg.parent.mkdir(parents=True, exist_ok=True)
-        args.svg.write_text(svg({label: texts[0] for label, texts in traces.items()}), "utf-8")
     show_table(results)
+    if args.svg:
+        try:
+            args.svg.parent.mkdir(parents=True, exist_ok=True)
+            args.svg.write_text(svg({label: texts[0] for label, texts in traces.items()}), "utf-8")
+        except OSError as error:
+            raise InputError(f"--svg {args.svg}: {error.strerror}; name another file") from None
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")        # where the terminal has no ▁ or é
     try:
         main()
     except InputError as error:

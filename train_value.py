@@ -1,7 +1,7 @@
 """
 Train a value function on the hidden states of a frozen GPT-2: rollouts -> rewards -> net -> report.
 
-    python train_value.py --model gpt2 --prompts openings.txt --out out/gpt2.pt
+    python train_value.py --model gpt2 --prompts tests/openings.txt --out out/gpt2.pt
 
     1. draw texts without control, and keep every state and every score function
     2. step rewards: r_t = reward of the text up to and with y_t, less the reward up to y_{t-1}

@@ -224,7 +224,7 @@ def test_whitening_of_short_directions():
          torch.eye(6), 0.02)
 
 
-def test_whitening_of_directions_without_a_draw():
+def test_whitening_of_directions_that_no_token_took():
     scores, W = random(500, 6) * torch.tensor([1., 1., 1., 1., 1., 0.]), random(40, 6, seed=1)
     W[:, 5] = 2.0                                               # no token differs there
     T = train_value.whitening(scores, W)
