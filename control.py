@@ -53,7 +53,7 @@ def kl_ball(logits, delta, max_kl, iterations=8):
     KL(softmax(logits + s delta) || softmax(logits)) <= max_kl: not above, seldom 2% below.
 
     KL(s) starts as s^2 Var_0(delta) / 2 and its slope is s Var_s(delta). So Newton's method solves
-    sqrt(KL(s)) = sqrt(0.99 max_kl), inside a bracket, in a fixed number of steps (no host read).
+    sqrt(KL(s)) = sqrt(0.99 max_kl) inside a bracket; a fixed number of steps never waits for a GPU.
     """
     def variance(probs):
         mean = (probs * delta).sum(-1, keepdim=True)
@@ -214,7 +214,7 @@ def generate(model, prompts, uniforms, controller=None, temperature=1.0, max_kl=
     sampler = Sampler(model, batch, longest + T, T, record, steer=lambda hidden: steer(
         model, hidden, controller, temperature, max_kl))
     for start in range(0, N, batch):
-        rows = [i % N for i in range(start, start + batch)]            # the last batch is full, too
+        rows = [i % N for i in range(start, start + batch)]          # the last batch is filled up
         out = sampler.run([prompts[i] for i in rows], uniforms[rows])
         parts.append([column[:N - start].clone() for column in vars(out).values()])
         if progress:

@@ -46,7 +46,7 @@ class Block(nn.Module):
         self.mlp = nn.ModuleDict(dict(c_fc=nn.Linear(d, config.n_inner), gelu=nn.GELU(config.gelu),
                                       c_proj=nn.Linear(config.n_inner, d)))
 
-    def attention(self, x, layer, cache, mask):
+    def attention(self, x, layer, cache, mask):                         # x (B, T, n_embd)
         B, T, C = x.shape
         heads = self.attn.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = heads.permute(2, 0, 3, 1, 4)                          # each (B, n_head, T, d)
@@ -127,7 +127,7 @@ class Cache:
         self.positions = self.lengths[:, None] + torch.arange(T, device=self.rows.device)
         self.lengths += T if lengths is None else lengths
         seen = torch.arange(self.window, device=self.rows.device) <= self.positions[:, :, None]
-        return self.positions, seen[:, None].to(self.keys.dtype).log()  # as bools: 36 kernels more
+        return self.positions, seen[:, None].to(self.keys.dtype).log()  # as bools: 34 kernels more
 
     def store(self, layer, k, v):
         """Write k, v (B, n_head, T, d) at self.positions (B, T) -> those of the window's slots"""

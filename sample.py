@@ -173,7 +173,7 @@ def parse_args(argv):
          "from the mean state; None: the net's")
     what = parser.add_argument_group("texts").add_argument
     what("--prompt", action="append", default=[], help="may be given again")
-    what("--prompts", help="a file, one prompt a line; None: prompts.txt beside the model, or none")
+    what("--prompts", help="a file, one prompt a line; None: the model's prompts.txt, or one empty")
     what("--samples", type=int, default=1000, help="texts, the prompts in turn")
     what("--tokens", type=int, default=32, help="tokens drawn a text, at most")
     what("--temperature", type=float, default=1.0, help="divides the logits before each draw")
@@ -191,7 +191,7 @@ def parse_args(argv):
         parser.error("--samples, --tokens, --steps, --seed and, with --svg, --show are 1 or more")
     above = args.temperature, args.max_kl, 1.0 if args.radius is None else args.radius
     if not (all(number > 0 for number in above) and abs(args.strength) < 1e6):
-        parser.error("--temperature, --max-kl and --radius are above 0, --strength is below 1e6")
+        parser.error("--temperature, --max-kl and --radius are above 0, --strength within +-1e6")
     return args
 
 def main(argv=None):

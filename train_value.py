@@ -4,7 +4,7 @@ Train a value function on the hidden states of a frozen GPT-2: rollouts -> rewar
     python train_value.py --model gpt2 --prompts tests/openings.txt --out out/gpt2.pt
 
     1. draw texts without control, and keep every state and every score function
-    2. step rewards: r_t = reward of the text up to and with y_t, less the reward up to y_{t-1}
+    2. step rewards: r_t = reward of the text that ends with y_t, less that of the text before it
        (potential-based shaping, Ng et al. 1999)
     3. fit Q to the Bellman equation (value.py), find the step that costs NATS, report, save
 
@@ -73,7 +73,7 @@ def whitening(scores, W):
 def train(model, rollout, rewards, gradient_head, lam, standardised, seed, show=lambda *_: None):
     """
     A Rollout with states and its rewards r_t (N, T) -> a frozen ValueNet. Rewards are standardised
-    and scores whitened for training; the heads undo both afterwards. InputError if it diverges.
+    and scores whitened for training; both are undone in the heads. InputError if it diverges.
     """
     torch.manual_seed(seed)
     mask, hidden, W = rollout.mask, rollout.hidden, model.wte.weight.float()

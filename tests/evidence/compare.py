@@ -32,6 +32,7 @@ import functools
 import json
 import math
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -166,8 +167,8 @@ def train(method, task, rollout, partial, seed):
     value = fit(task, rollout, rewards, seed, kind)
     if method == "q-dV":
         value.gradient_head = None
-    steps = [int(word) for word in method.split("-") if word.isdigit() and method[0] == "q"]
-    return climbing(value, radius, *steps), value
+    steps = re.match(r"q-(\d+)", method)                                # rounds-2 takes one
+    return climbing(value, radius, int(steps[1]) if steps else 1), value
 
 def next_round(task, control, step, seed):
     """-> the control learnt from texts under this control, whose nats are taken off the rewards"""

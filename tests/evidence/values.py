@@ -15,7 +15,7 @@ below 0, a constant does better.
               the lowest, the middle and the highest fifth of the forecasts
     exact     R^2 of reward so far + V for the exact expected outcome (tiny language, exact.py)
     promised  sum_t E_{p_u}[Q] - V = g . (E_{p_u}[W] - E_p[W]) over controlled texts, which is what
-              they gain, were Q exact (performance difference, Kakade and Langford 2002); nan: no Q
+              they gain, were Q exact (performance difference, Kakade and Langford 2002)
 """
 import torch
 
@@ -76,10 +76,9 @@ def main():
             for method in args.methods.split(",")}
     print(f"{'':12}" + "".join(f"{method:>16}" for method in rows))
     for name in max((found[0] for found in rows.values()), key=len):
-        numbers = [torch.tensor([row.get(name, torch.nan) for row in found])
-                   for found in rows.values()]
-        print(f"{name:12}" + "".join(f"{n.mean():10.3f}±{n.std() / len(n) ** 0.5:.3f}"
-                                     for n in numbers))
+        print(f"{name:12}" + "".join(
+            f"{compare.mean(found, name):11.3f}±{compare.error_of(found, name)}"
+            if name in found[0] else " " * 16 for found in rows.values()))
 
 if __name__ == "__main__":
     main()
