@@ -1,27 +1,35 @@
 """
-The control: before each draw, push the state uphill inside a ball; and the loop that this closes.
+The control: before each draw, push the hidden state uphill inside a ball; and the loop it closes.
 
     u <- P(u + step_size g(h_t + u)),  from u = 0                                   (ascend)
          g = value.gradient (value.py),  P the projection onto ||u / std|| <= radius sqrt(n_embd)
-    y_t ~ softmax(W (h_t + s u)),  s <= 1 the largest with KL(p_su || p_0) <= max_kl (kl_ball)
+    y_t ~ softmax(W (h_t + s u)),  s <= 1 the largest with KL(p_su || p) <= max_kl  (kl_ball)
 
-Source: Kong et al. 2024 (arXiv 2406.05954). One step from u = 0 is the KL-regularised optimum for
-the Q of value.py, with beta = 1 / step_size. Where this differs from the paper:
-    1. g is learned from the draws; the paper differentiates V (here: gradient_head=False).
-    2. One step, of the size that costs a chosen number of nats (step_for_kl); the paper takes tens
+What `generate` computes, for one text. The rest of this file is the same, batched and cached:
+
+    for uniform in uniforms:
+        h = model(torch.tensor([tokens]))[:, -1]                    # the last hidden state, (1, n_embd)
+        p = model.unembed(h + controller(h)).softmax(-1)[0]         # y ~ softmax(W (h + u))
+        y = int((p.double().cumsum(0) <= uniform).sum())            # the inverse CDF
+        tokens = tokens + [y]
+        if y in model.config.eos_ids:
+            break
+
+Source: Kong et al. 2024 (arXiv 2406.05954). Where this differs from the paper:
+    1. g is learned from the draws (value.py); the paper differentiates V.
+    2. One step, of the size that costs a chosen number of nats (step_for_kl). The paper takes tens
        of small ones, and limits u by their number.
-    3. A ball around the state, and a budget in nats a token on the distribution itself.
+    3. A ball around the state, and on request a budget in nats a token.
     4. Only the state from which the next token is drawn is controlled, not those of the prompt.
 
-Draws are an inverse CDF over one table of uniforms from a CPU generator: the same for every
-control, device and batch, so texts with and without control form pairs.
+Draws invert the CDF at one table of uniforms, the same for every control, device and batch. So a
+text without control and one with it form a pair.
 
-Limitations: control does not plan over the draws to come (V has to know them); no beam search, no
-top-k; rounding, in bfloat16 above all, may turn a draw.
+Limitations: control looks at the next draw only, V has to know what comes later. No beam search.
+Rounding may turn a draw now and then, in bfloat16 above all.
 """
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,7 +37,10 @@ import torch.nn.functional as F
 
 from model import Cache, InputError
 
-def ascend(value, hidden, steps=1, step_size=1.0, radius=10.0):
+RADIUS = 10.0       # of the ball, in a state's typical distances from the mean state: for an overdose
+
+
+def ascend(value, hidden, steps=1, step_size=1.0, radius=RADIUS):
     """
     hidden (B, n_embd) -> u (B, n_embd), float32: projected gradient ascent from u = 0.
 
@@ -40,12 +51,15 @@ def ascend(value, hidden, steps=1, step_size=1.0, radius=10.0):
     for _ in range(steps):
         u = u + step_size * value.gradient(hidden + u)
         length = (u / value.std).norm(dim=-1, keepdim=True)                     # (B, 1)
-        u = u * (radius * math.sqrt(u.size(-1)) / length).clamp(max=1)          # back onto the ball
+        longest = radius * math.sqrt(u.size(-1))
+        u = u * (longest / length).clamp(max=1)                                 # back onto the ball
     return u
 
+
 def kl_divergence(log_q, log_p):
-    """KL(q || p) in nats: log-probabilities (..., n_vocab) -> (...)"""
+    """KL(q || p) in nats: log-probabilities (.., n_vocab) -> (..)"""
     return (log_q.exp() * (log_q - log_p)).sum(-1)
+
 
 def kl_ball(logits, delta, max_kl, iterations=8):
     """
@@ -59,115 +73,188 @@ def kl_ball(logits, delta, max_kl, iterations=8):
         mean = (probs * delta).sum(-1, keepdim=True)
         return (probs * (delta - mean) ** 2).sum(-1).clamp(min=1e-12)
 
-    log_p, target = logits.log_softmax(-1), math.sqrt(0.99 * max_kl)
-    s = (target * (2 / variance(log_p.exp())).sqrt()).clamp(max=1)              # (B,)
-    low, high = torch.zeros_like(s), torch.ones_like(s)
+    target = math.sqrt(0.99 * max_kl)
+    log_p = logits.log_softmax(-1)
+    s = target * (2 / variance(log_p.exp())).sqrt()                             # (B,)
+    s = s.clamp(max=1)
+    low = torch.zeros_like(s)
+    high = torch.ones_like(s)
     for _ in range(iterations):
         log_q = (log_p + s[:, None] * delta).log_softmax(-1)
         root = kl_divergence(log_q, log_p).clamp(min=1e-12).sqrt()
         inside = root ** 2 <= max_kl
-        low, high = torch.where(inside, s, low), torch.where(inside, high, s)
-        newton = (s - (root - target) * 2 * root / (s * variance(log_q.exp()))).clamp(max=1)
-        s = torch.where((newton > low) & (newton <= high), newton, (low + high) / 2)
+        low = torch.where(inside, s, low)
+        high = torch.where(inside, high, s)
+        slope = s * variance(log_q.exp()) / (2 * root)                          # of sqrt(KL)
+        newton = (s - (root - target) / slope).clamp(max=1)
+        bracketed = (newton > low) & (newton <= high)
+        s = torch.where(bracketed, newton, (low + high) / 2)
     return low
+
+
+def nucleus(logits, top_p):
+    """
+    logits (B, n_vocab) -> the same without the tail: the likeliest tokens stay, until they hold
+    top_p of the probability together. The others get -1e9: no probability, and no nan in a KL.
+    """
+    p, order = logits.softmax(-1).sort(-1, descending=True)
+    likelier = p.cumsum(-1) - p                             # probability of all likelier tokens
+    kept = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, likelier < top_p)
+    return logits.masked_fill(~kept, -1e9)
+
 
 def draw(probs, uniform, block=256):
     """
     probs (B, n_vocab), uniform (B, 1) in [0, 1) -> tokens (B,): the first whose cumulative
     probability exceeds uniform times the total.
 
-    In two levels, first the block of `block` tokens, then the token in it: 20 times faster than the
-    CDF of a whole vocabulary. Sums are float64, and what is left of the uniform inside the block
-    stays below the block's total, so no token without probability is ever drawn.
+    In two levels, first the block of `block` tokens, then the token in it, which is many times
+    faster than the CDF of a whole vocabulary. Sums are float64, and what is left of the uniform
+    inside the block stays below the block's total: no token without probability is ever drawn.
     """
     padded = F.pad(probs, (0, -probs.size(1) % block))                          # (B, n * block)
     blocks = padded.unflatten(1, (-1, block))                                   # (B, n, block)
     sums = blocks.sum(-1, dtype=torch.float64)                                  # (B, n)
     cdf = sums.cumsum(-1)
-    target = uniform.double() * cdf[:, -1:]
+    target = uniform.double() * cdf[:, -1:]                                     # (B, 1)
     chosen = torch.searchsorted(cdf, target, right=True)                        # (B, 1)
-    rest = (target - (cdf - sums).gather(1, chosen)).clamp(min=0)
+    before = (cdf - sums).gather(1, chosen)
+    rest = (target - before).clamp(min=0)
     inside = blocks.gather(1, chosen[:, :, None].expand(-1, -1, block))[:, 0]   # (B, block)
     inside = inside.cumsum(-1, dtype=torch.float64)
     rest = torch.minimum(rest, inside[:, -1:] * (1 - 2.0 ** -40))
     return chosen[:, 0] * block + torch.searchsorted(inside, rest, right=True)[:, 0]
 
-# --------------------------------------------------------------------------------- the closed loop
 
-@dataclass
-class Rollout:
-    """Drawn texts: fields are (N, T), past a text's end they mean nothing."""
-    tokens: torch.Tensor          # y_t
-    mask: torch.Tensor            # True up to and including the token that ends the text
-    kl: torch.Tensor              # KL(p_u || p), nats, of the distributions y_t was drawn from
-    logp: torch.Tensor            # log p(y_t), without control, nats
-    logq: torch.Tensor            # log p_u(y_t), nats
-    hidden: torch.Tensor          # h_t (N, T, n_embd), in the model's dtype; empty unless recorded
-    score: torch.Tensor           # W[y_t] - E_{p_u}[W] (N, T, n_embd), likewise
+def controlled_log_probs(model, hidden, controller=None, temperature=1.0, top_p=1.0, max_kl=math.inf):
+    """
+    hidden (B, n_embd) -> log p and log p_u (B, n_vocab), without and with control.
 
-def steer(model, hidden, controller, temperature=1.0, max_kl=math.inf):
-    """hidden (B, n_embd) -> log p and log p_u (B, n_vocab), without and with control"""
-    u = torch.zeros_like(hidden) if controller is None else controller(hidden)
-    # One reading of W for both. W u apart: in bfloat16 h + u would round a small u away.
-    both = model.unembed(torch.stack([hidden, u.to(hidden.dtype)]))             # (2, B, n_vocab)
-    logits, delta = both if temperature == 1 else both / temperature
+    top_p cuts p to its nucleus before control. max_kl is the most that control may cost, in nats.
+    """
+    if controller is None:
+        u = torch.zeros_like(hidden)
+    else:
+        u = controller(hidden).to(hidden.dtype)
+    # W h and W u apart, since in bfloat16 h + u would round a small u away; in one reading of W.
+    both = model.unembed(torch.stack([hidden, u]))                              # (2, B, n_vocab)
+    if temperature != 1:
+        both = both / temperature
+    logits, delta = both
+    if top_p < 1:
+        logits = nucleus(logits, top_p)
     if max_kl < math.inf:
         delta = delta * kl_ball(logits, delta, max_kl)[:, None]
     return logits.log_softmax(-1), (logits + delta).log_softmax(-1)
 
+
+# --------------------------------------------------------------------------------- the closed loop
+
+@dataclass
+class Rollout:
+    """N drawn texts. Past a text's end the fields mean nothing."""
+    tokens: torch.Tensor          # y_t (N, T)
+    mask: torch.Tensor            # (N, T), True up to and including the token that ends the text
+    kl: torch.Tensor              # KL(p_u || p) (N, T), nats, of what y_t was drawn from
+    log_p: torch.Tensor           # log p(y_t) (N, T), without control, nats
+    log_q: torch.Tensor           # log p_u(y_t) (N, T), nats
+    hidden: torch.Tensor          # h_t (N, T, n_embd) in the model's dtype; (N, 0, n_embd) if not kept
+    grad_log_p: torch.Tensor      # W[y_t] - E_{p_u}[W], likewise
+
+    @classmethod
+    def empty(cls, N, T, n_embd, weight, record):
+        """Room for N texts; weight: a tensor of the model's dtype and device"""
+        kept = T if record else 0
+        return cls(tokens=weight.new_zeros(N, T, dtype=torch.long),
+                   mask=weight.new_zeros(N, T, dtype=torch.bool),
+                   kl=weight.new_zeros(N, T, dtype=torch.float32),
+                   log_p=weight.new_zeros(N, T, dtype=torch.float32),
+                   log_q=weight.new_zeros(N, T, dtype=torch.float32),
+                   hidden=weight.new_zeros(N, kept, n_embd),
+                   grad_log_p=weight.new_zeros(N, kept, n_embd))
+
+    def drawn(self, i):
+        """The tokens of text i, up to its end"""
+        return self.tokens[i, self.mask[i]].tolist()
+
+    def texts(self, tokenizer, prompts):
+        """-> the N finished texts, each with its prompt"""
+        return [readable(tokenizer, prompt + self.drawn(i)) for i, prompt in enumerate(prompts)]
+
+    def beginnings(self, tokenizer, prompts, i):
+        """Text i, with its prompt -> [as it was before y_0, before y_1, .., finished]"""
+        drawn = self.drawn(i)
+        return [readable(tokenizer, prompts[i] + drawn[:t]) for t in range(len(drawn) + 1)]
+
+
+def readable(tokenizer, tokens):
+    """The text of tokens as a reward reads it: "a" in the place of no word at all, as some need one"""
+    text = tokenizer.decode(tokens)
+    return text if text.strip() else "a"
+
+
 class Sampler:
     """
-    A batch of texts, drawn side by side; `steer` is hidden -> log p, log p_u, see above. `step` is
-    all that happens. It reads nothing back from the device, every buffer it writes to is made once,
-    and its Python numbers (step size, temperature, max_kl, the cache's window) stay the same within
-    a window: so a GPU may capture and replay it (`advance`).
+    A batch of texts, drawn side by side. `step` is all that happens. It reads nothing back from the
+    device, and every buffer it writes to is made once: so a GPU may capture and replay it.
     """
-    def __init__(self, model, batch, size, n_tokens, record, steer):
-        W, n_embd = model.wte.weight, model.config.n_embd
-        self.model, self.steer, self.record = model, steer, record
-        self.cache = Cache(model, batch, size)
-        self.ends = torch.tensor(model.config.ends, dtype=torch.long, device=W.device)
-        self.hidden = torch.zeros(batch, n_embd, dtype=W.dtype, device=W.device)
-        self.alive = torch.ones(batch, dtype=torch.bool, device=W.device)
-        self.uniforms = torch.zeros(batch, n_tokens, device=W.device)
-        self.t = torch.zeros(1, dtype=torch.long, device=W.device)
-        kl, logp, logq = torch.zeros(3, batch, n_tokens, device=W.device)
-        hidden, score = W.new_zeros(2, batch, n_tokens if record else 0, n_embd)
-        self.out = Rollout(kl.long(), kl.bool(), kl, logp, logq, hidden, score)
-        self.graphs = {}                                    # {window of the cache: CUDA graph}
-        self.pool = torch.cuda.graph_pool_handle() if W.is_cuda else None
 
-    def begin(self, prompts, uniforms):
+    def __init__(self, model, batch, size, n_tokens, record=False,
+                 controller=None, temperature=1.0, top_p=1.0, max_kl=math.inf):
+        weight, n_embd = model.wte.weight, model.config.n_embd
+        self.model = model
+        self.record = record
+        self.settings = (controller, temperature, top_p, max_kl)
+        self.eos_ids = torch.tensor(model.config.eos_ids, dtype=torch.long, device=weight.device)
+        self.cache = Cache(model, batch, size)
+        self.hidden = weight.new_zeros(batch, n_embd)
+        self.alive = weight.new_zeros(batch, dtype=torch.bool)
+        self.uniforms = weight.new_zeros(batch, n_tokens, dtype=torch.float32)
+        self.t = weight.new_zeros(1, dtype=torch.long)
+        self.out = Rollout.empty(batch, n_tokens, n_embd, weight, record)
+        self.graphs = {}                                    # {window of the cache: CUDA graph}
+        self.pool = torch.cuda.graph_pool_handle() if weight.is_cuda else None
+
+    def log_probs(self, hidden):
+        """hidden (B, n_embd) -> log p, log p_u (B, n_vocab). Another kind of control overrides it."""
+        return controlled_log_probs(self.model, hidden, *self.settings)
+
+    def prefill(self, prompts, uniforms):
         """Read the prompts [[token, ..], ..] and stand at their last states."""
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.hidden.device)
-        rows = [torch.tensor(prompt, device=self.hidden.device) for prompt in prompts]
+        device = self.hidden.device
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        rows = [torch.tensor(prompt, device=device) for prompt in prompts]
         tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)        # (B, T)
         self.uniforms.copy_(uniforms)
         self.alive.fill_(True)
-        for buffer in (self.t, self.cache.lengths, self.out.mask):
-            buffer.zero_()
+        self.t.zero_()
+        self.out.mask.zero_()
+        self.cache.lengths.zero_()
         self.cache.used = 0
         hidden = self.model(tokens, self.cache, lengths)                        # (B, T, n_embd)
-        self.hidden.copy_(hidden[self.cache.rows[:, 0], lengths - 1])
+        self.hidden.copy_(hidden[torch.arange(len(rows), device=device), lengths - 1])
 
     def step(self):
-        """h_t -> u_t -> y_t -> h_{t+1} for every row"""
-        W, t = self.model.wte.weight, self.t
-        log_p, log_q = self.steer(self.hidden)                                  # (B, n_vocab)
-        probs = log_q.softmax(-1)            # exp(log_q), but five times faster on a CPU
+        """h_t -> u_t -> y_t, and the text with y_t -> h_{t+1}, for every row"""
+        W, out, t = self.model.wte.weight, self.out, self.t
+        log_p, log_q = self.log_probs(self.hidden)                              # (B, n_vocab)
+        probs = log_q.softmax(-1)                           # = log_q.exp(), to the float
         token = draw(probs, self.uniforms.index_select(1, t))                   # (B,)
-        columns = {"tokens": token, "mask": self.alive, "kl": (probs * (log_q - log_p)).sum(-1),
-                   "logp": log_p.gather(1, token[:, None])[:, 0],
-                   "logq": log_q.gather(1, token[:, None])[:, 0]}
+        out.tokens.index_copy_(1, t, token[:, None])
+        out.mask.index_copy_(1, t, self.alive[:, None])
+        out.kl.index_copy_(1, t, (probs * (log_q - log_p)).sum(-1, keepdim=True))
+        out.log_p.index_copy_(1, t, log_p.gather(1, token[:, None]))
+        out.log_q.index_copy_(1, t, log_q.gather(1, token[:, None]))
         if self.record:
-            columns |= {"hidden": self.hidden, "score": W[token] - probs.to(W.dtype) @ W}
-        for name, column in columns.items():
-            getattr(self.out, name).index_copy_(1, t, column[:, None])
-        self.alive &= (token[:, None] != self.ends).all(-1)
+            grad_log_p = W[token] - probs.to(W.dtype) @ W                       # (B, n_embd)
+            out.hidden.index_copy_(1, t, self.hidden[:, None])
+            out.grad_log_p.index_copy_(1, t, grad_log_p[:, None])
+        ended = (token[:, None] == self.eos_ids).any(-1)
+        self.alive &= ~ended
         self.hidden.copy_(self.model(token[:, None], self.cache)[:, 0])
         t += 1
 
-    def advance(self):
+    def step_or_replay(self):
         """A step. On a GPU the first of each window runs and is then captured; others replay it."""
         window = self.cache.used // Cache.WINDOW
         if window in self.graphs:
@@ -184,86 +271,81 @@ class Sampler:
 
     def run(self, prompts, uniforms):
         """-> the sampler's own Rollout, which the next run writes over"""
-        self.begin(prompts, uniforms)
+        self.prefill(prompts, uniforms)
         for t in range(uniforms.size(1)):
-            if t % 16 == 0 and not self.alive.any():
+            if t % 16 == 0 and not self.alive.any():        # asks the device, so not at each token
                 break
-            self.advance()
+            self.step_or_replay()
         return self.out
+
 
 def uniform_table(samples, n_tokens, seed):
     """(samples, n_tokens) uniforms in [0, 1); a row depends on the seed and its number alone"""
     rows = [np.random.default_rng([seed, i]).random(n_tokens, np.float32) for i in range(samples)]
     return torch.from_numpy(np.stack(rows))
 
+
+def check_length(model, prompts, n_tokens):
+    """InputError if a text may grow longer than the model's context"""
+    longest = max(map(len, prompts))
+    if longest + n_tokens > model.config.n_positions:
+        raise InputError(f"a prompt of {longest} tokens and {n_tokens} more exceed the model's context "
+                         f"of {model.config.n_positions}; shorten the prompt or lower --tokens")
+
+
 @torch.no_grad()
-def generate(model, prompts, uniforms, controller=None, temperature=1.0, max_kl=math.inf,
-             record=False, batch=128, progress=None):
+def generate(model, prompts, uniforms, controller=None, temperature=1.0, top_p=1.0, max_kl=math.inf,
+             record=False, batch=128, progress=None, make_sampler=Sampler):
     """
     N prompts [[token, ..], ..] and uniforms (N, T) -> a Rollout of N texts of at most T tokens.
 
-    controller: hidden (B, n_embd) -> u (B, n_embd); None is u = 0, to the bit. max_kl is in nats a
-    token. `record` keeps the states and scores for training. `progress(done, N)` is called after
-    each batch. InputError if a text would be longer than the model's context.
+    controller: hidden (B, n_embd) -> u (B, n_embd), called once a token; None is u = 0, to the bit.
+    On a GPU the call is captured: what it keeps or counts in Python is frozen at its first step.
+    top_p cuts p before control, max_kl is in nats a token (controlled_log_probs). `record` keeps
+    the states for training. `progress(done, N)` is called after each batch. InputError if a text
+    would be longer than the model's context.
     """
-    (N, T), longest = uniforms.shape, max(map(len, prompts))
-    if longest + T > model.config.n_positions:
-        raise InputError(f"a prompt of {longest} tokens and {T} more exceed the model's context of "
-                         f"{model.config.n_positions}; shorten the prompt or lower --tokens")
-    batch, parts = min(batch, N), []
-    sampler = Sampler(model, batch, longest + T, T, record, steer=lambda hidden: steer(
-        model, hidden, controller, temperature, max_kl))
+    N, T = uniforms.shape
+    check_length(model, prompts, T)
+    batch = min(batch, N)
+    sampler = make_sampler(model, batch, max(map(len, prompts)) + T, T, record,
+                           controller, temperature, top_p, max_kl)
+    whole = Rollout.empty(N, T, model.config.n_embd, model.wte.weight, record)
     for start in range(0, N, batch):
         rows = [i % N for i in range(start, start + batch)]          # the last batch is filled up
-        out = sampler.run([prompts[i] for i in rows], uniforms[rows])
-        parts.append([column[:N - start].clone() for column in vars(out).values()])
+        part = sampler.run([prompts[i] for i in rows], uniforms[rows])
+        stop = min(start + batch, N)
+        for name, column in vars(whole).items():
+            column[start:stop] = getattr(part, name)[:stop - start]
         if progress:
-            progress(min(start + batch, N), N)
-    return Rollout(*map(torch.cat, zip(*parts)))
+            progress(stop, N)
+    return whole
+
 
 @torch.no_grad()
-def step_for_kl(model, control, rollout, nats, states=512):
+def step_for_kl(model, controller_at, rollout, nats, states=512):
     """
-    The step_size > 0 at which control(hidden, step_size) -> u costs `nats` a text, to a thousandth.
+    The step_size > 0 at which controller_at(hidden, step_size) -> u costs `nats` a text, to 0.1%.
 
-    Searched on the exact KL of `states` of the rollout's, times the tokens a text has. What
+    Searched on the exact KL of `states` of the rollout's states, times the tokens of a text. What
     control changes of later states is left out. InputError if no step costs so much.
     """
-    hidden, length = rollout.hidden[rollout.mask], rollout.mask.sum(1).float().mean()
+    hidden = rollout.hidden[rollout.mask]
     chosen = torch.randperm(len(hidden), generator=torch.Generator().manual_seed(0))[:states]
     hidden = hidden[chosen.to(hidden.device)]                                   # (states, n_embd)
-    log_p = model.unembed(hidden).log_softmax(-1)
+    tokens = rollout.mask.sum(1).float().mean()
     low, high, step = 0.0, math.inf, 1.0
     for i in range(50):
-        delta = model.unembed(control(hidden, step))
-        spent = (kl_divergence((log_p + delta).log_softmax(-1), log_p).mean() * length).item()
+        log_p, log_q = controlled_log_probs(model, hidden, lambda h: controller_at(h, step))
+        spent = (kl_divergence(log_q, log_p).mean() * tokens).item()
         if abs(spent - nats) < 0.001 * nats:
             return step
-        low, high = (step, high) if spent < nats else (low, step)
+        if spent < nats:
+            low = step
+        else:
+            high = step
         step *= math.sqrt(nats / max(spent, 1e-30))                 # KL grows as step^2; where it
         if not low < step < high or i % 3 == 2:                     # does not, halve the bracket
             step = (low + min(high, 4 * low + 1e-6)) / 2
     raise InputError(f"no step of control costs {nats:g} nats a text: V is flat; choose a reward "
                      f"that varies more, or more rollouts")
-
-def read_prompts(model, tokenizer, name, texts=(), path=None):
-    """
-    Texts and the lines of a text file -> [[bos, token, ..], ..], bos if the model `name` has one.
-    Without either: the lines of name/prompts.txt, or the empty text.
-    """
-    own, texts = Path(name, "prompts.txt"), list(texts)
-    if path is None and not texts:
-        path, texts = (own, []) if own.is_file() else (None, [""])
-    if path is not None:
-        try:
-            lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: cannot be read ({error}); name a text file") from None
-        if Path(path).suffix in (".csv", ".tsv", ".json", ".jsonl"):
-            raise InputError(f"{path}: no plain text; write one prompt a line into a .txt file")
-        texts = texts + [line for line in lines if line.strip()]
-    bos = [] if model.config.bos is None else [model.config.bos]
-    prompts = [bos + tokenizer.encode(text) for text in texts]
-    if not all(prompts) or not prompts:
-        raise InputError(f"{path or 'a prompt'} is empty; write at least one word")
-    return prompts

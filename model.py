@@ -12,7 +12,9 @@ one model.safetensors (not sharded, not pickled), byte-pair tokenizers of GPT-2'
 """
 import json
 import os
+import random
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,8 +35,8 @@ class Config:
     n_inner: int
     eps: float = 1e-5            # of every layer norm
     gelu: str = "tanh"           # GPT-2's GELU is the tanh approximation; "none" is the exact one
-    bos: int | None = None       # comes before every prompt, where the model has such a token
-    ends: list = ()              # any of these tokens ends a text
+    bos_id: int | None = None     # comes before every prompt, where the model has such a token
+    eos_ids: list = ()             # any of these tokens ends a text
 
 class Block(nn.Module):
     def __init__(self, config):
@@ -93,7 +95,7 @@ class GPT(nn.Module):
         with torch.device("meta"):                                      # shapes, without memory
             model = cls(read_config(name))
         state = {}
-        for key, tensor in read_safetensors(find(name, "model.safetensors")).items():
+        for key, tensor in read_safetensors(find_file(name, "model.safetensors")).items():
             key = re.sub(r"^((_orig_mod|module|transformer)\.)+", "", key)
             tensor = tensor.T if key.endswith(TRANSPOSED) else tensor
             if not key.endswith((".attn.bias", ".attn.masked_bias")):   # old files keep the mask
@@ -152,7 +154,7 @@ PUBLIC = {"gpt2": "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a
           "gpt2-xl": "0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a",
           "distilgpt2": "e1ff18884359fe8beb795a5f414feb85a6ce3d929ad019c0d958c039d2b94a1b"}
 
-def find(name, file):
+def find_file(name, file):
     """A model's file: in the directory `name`, in the hub's cache, or fetched if it is PUBLIC."""
     owner = "distilbert" if name == "distilgpt2" else "openai-community"
     repo = f"{owner}/{name}" if name in PUBLIC else str(name)
@@ -176,7 +178,7 @@ def read_json(path):
 
 def read_config(name):
     """config.json, and generation_config.json's ends -> Config. ValueError for another network."""
-    raw = read_json(path := find(name, "config.json"))
+    raw = read_json(path := find_file(name, "config.json"))
     for key, known in NETWORK.items():
         if raw.get(key, known[0]) not in known:
             raise ValueError(f"{key} is {raw[key]!r}")
@@ -225,7 +227,7 @@ def load_tokenizer(name, default=None):
     """The model's own vocabulary, never guessed: for a directory without one, `default`'s."""
     if name in PUBLIC and not Path(name).is_dir():
         return Tokenizer(tiktoken.get_encoding("gpt2"), special={50256})
-    folder = find(name, "config.json").parent
+    folder = find_file(name, "config.json").parent
     added = read_json(folder / "added_tokens.json")
     if raw := read_json(folder / "tokenizer.json"):
         bpe, names, cut = raw["model"], raw["added_tokens"], raw["pre_tokenizer"]
@@ -268,3 +270,47 @@ def load(name, tokenizer=None, device="cpu", dtype=torch.float32):
     model.wte.weight = nn.Parameter(model.wte.weight[:n].clone(), requires_grad=False)
     model.config.n_vocab = n
     return model, tokenizer
+
+
+def read_prompts(model, tokenizer, name, texts=(), path=None):
+    """
+    Texts and the lines of a text file -> [[bos, token, ..], ..], bos if the model `name` has one.
+    Without either: the lines of name/prompts.txt, or the empty text.
+    """
+    own, texts = Path(name, "prompts.txt"), list(texts)
+    if path is None and not texts:
+        path, texts = (own, []) if own.is_file() else (None, [""])
+    if path is not None:
+        try:
+            lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: cannot be read ({error}); name a text file") from None
+        if Path(path).suffix in (".csv", ".tsv", ".json", ".jsonl"):
+            raise InputError(f"{path}: no plain text; write one prompt a line into a .txt file")
+        texts = texts + [line for line in lines if line.strip()]
+    bos = [] if model.config.bos_id is None else [model.config.bos_id]
+    prompts = [bos + tokenizer.encode(text) for text in texts]
+    if not all(prompts) or not prompts:
+        raise InputError(f"{path or 'a prompt'} is empty; write at least one word")
+    return prompts
+
+
+def in_turn(prompts, n, seed):
+    """n prompts, in turn; of more than n prompts, n that the seed draws"""
+    if len(prompts) > n:
+        prompts = random.Random(seed).sample(prompts, n)
+    return [prompts[i % len(prompts)] for i in range(n)]
+
+
+def show_progress(label, done, total):
+    """On stderr: a terminal's line is written again, a log gets one for each tenth."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{label} {done} of {total}", end="\n" * (done == total), file=sys.stderr)
+
+
+def run_script(main):
+    try:
+        main()
+    except InputError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

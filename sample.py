@@ -1,240 +1,255 @@
 """
-Draw texts from a frozen GPT-2 without and with control, and show where control acted.
+Draw texts from a frozen GPT-2 without and with control: what control gained, and where it acted.
 
     python sample.py                                        # after train_value.py
-    python sample.py --radius 1000 --strength 16            # far too much: the texts break
-    python sample.py --value out/gpt2.pt --prompt "The movie was" --svg out/trace.svg
+    python sample.py --strength 0.5,1,2,4                   # a row each: gain at a price in nats
+    python sample.py --value out/gpt2.pt --prompt "The movie was"
 
-Both texts of a pair have the same prompt and random draws, so they differ by control alone. The
-table: mean reward and its standard error over texts; KL(p_u || p), what control costs, nats a text
-and a token; perplexity under the uncontrolled model; share of distinct pairs of words (low: dull).
+All rows have the same prompts and the same random draws, so texts differ by control alone. In a
+text, `truly funny(+0.6) and` says that control raised log p of " funny" by 0.6 nats. Blocks stand
+under the words: V after each word, what the text will earn if it goes on without control.
+
+The table: mean reward; the gain and its standard error over pairs of texts; KL(p_u || p), what
+control costs, in nats a text and a token; perplexity under the model without control; the share of
+pairs of words that are distinct (low: dull). Compare gains at equal KL.
 """
 import argparse
-import html
 import math
-import os
 import re
-import sys
 import unicodedata
 from functools import partial
-from pathlib import Path
 
 import torch
 
-from control import ascend, generate, read_prompts, steer, uniform_table
-from model import InputError, load
+from control import ascend, controlled_log_probs, generate, uniform_table
+from model import InputError, in_turn, load, read_prompts, run_script, show_progress
 from value import ValueNet, load_reward
 
-COLUMNS = 92                                                        # of a printed line
-ANSI = {1: 153, 2: 111, 3: 69, -1: 223, -2: 215, -3: 208}           # blues, oranges
-WEB = {1: "#d3e5f7", 2: "#8fc1ec", 3: "#4a94db", -1: "#fde3c3", -2: "#f9bd7a", -3: "#ef8f2e"}
+COLUMNS = 92            # of a printed line
+SHOWN = 0.3             # nats: a token that moved by less gets no number
+BLOCKS = "▁▂▃▄▅▆▇█"
+
+
+# ------------------------------------------------------------------------------- what control did
+
+@torch.no_grad()
+def trace(model, tokenizer, value, reward, prompts, rollout, i, log_probs):
+    """
+    What happened in text i of a rollout -> {prompt, pieces, nats, kl, V, reward, largest}.
+
+    pieces: see below; nats (T,): log p_u(y_t) - log p(y_t); kl (T,); V (T,): the forecast after
+    y_t, and after the last token the reward. `reward` None: V cannot be told, and is None.
+    `log_probs`: hidden -> log p, log p_u.
+    """
+    mask, prompt = rollout.mask[i], prompts[i]
+    drawn = rollout.tokens[i][mask].tolist()
+    tokens = torch.tensor([prompt + drawn], device=mask.device)
+    hidden = model(tokens)[0, len(prompt) - 1:-1]                               # (T, n_embd)
+    V = None
+    if reward:
+        so_far = reward(rollout.beginnings(tokenizer, prompts, i))                # (T + 1,)
+        forecast = value(hidden[1:], so_far[1:-1].to(hidden.device)).cpu()      # (T - 1,)
+        V = forecast.tolist() + [so_far[-1].item()]
+    t = int(rollout.kl[i][mask].argmax())
+    p, q = (log[0].exp() for log in log_probs(hidden[t:t + 1]))                 # (n_vocab,)
+    return {"prompt": printable(tokenizer.decode(prompt)),
+            "pieces": pieces(tokenizer, drawn),
+            "nats": (rollout.log_q - rollout.log_p)[i][mask].tolist(),
+            "kl": rollout.kl[i][mask].tolist(),
+            "V": V,
+            "largest": changes(tokenizer, drawn[t], p, q)}
+
+
+def changes(tokenizer, drawn, p, q):
+    """What control raised and lowered most where `drawn` was drawn, as probabilities p -> q"""
+    def name(token):
+        return repr(tokenizer.encoding.decode([token]))
+
+    def moved(tokens):
+        return ", ".join(f"{name(y)} {p[y]:.2f} -> {q[y]:.2f}" for y in tokens.tolist())
+    raised = moved((q - p).topk(2).indices)
+    lowered = moved((p - q).topk(2).indices)
+    return f"most before {name(drawn)}: {raised}; {lowered}"
+
+
+def printable(text):
+    """The text without control characters, which a terminal would obey"""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]", "⏎", text)
+
 
 def pieces(tokenizer, tokens):
     """[token, ..] -> [(text, [t, ..]), ..]: tokens that share a character stay together"""
-    found, data, places = [], b"", []
+    found = []
+    data = b""
+    places = []
     for t, token in enumerate(tokens):
-        data, places = data + tokenizer.encoding.decode_single_token_bytes(token), places + [t]
+        data += tokenizer.encoding.decode_single_token_bytes(token)
+        places.append(t)
         text = data.decode(errors="replace")
         if "\ufffd" not in text or len(data) > 3 or t == len(tokens) - 1:
-            found.append((re.sub(r"[\x00-\x1f\x7f]", "⏎", text), places))     # control characters
-            data, places = b"", []
+            found.append((printable(text), places))
+            data = b""
+            places = []
     return found
 
-def lines(found):
-    """The pieces in lines, each piece with its column: [[(column, text, [t, ..]), ..], ..]"""
-    rows, column = [[]], 0
-    for text, places in found:
-        width = sum(1 + (unicodedata.east_asian_width(c) in "WF") for c in text)
-        if column + width > COLUMNS:
-            rows, column = rows + [[]], 0
-        rows[-1].append((column, text, places))
-        column += width
-    return rows
 
-def level(nats):                        # -3 .. 3, on a fixed scale of 2 nats each way
-    return max(-3, min(3, round(nats * 3 / 2)))
+def width(text):
+    """Columns of a terminal that the text takes"""
+    return sum((unicodedata.east_asian_width(c) in "WF") + (not unicodedata.combining(c)) for c in text)
 
-def course(text, pair):
-    """The line of V: a block a token, on the scale of both texts of the pair"""
-    both = [v for one in pair for v in one["V"]]
-    low, size = min(both), max(max(both) - min(both), 1e-9)
-    line = "".join("▁▂▃▄▅▆▇█"[int((v - low) / size * 7.99)] for v in text["V"])
-    return f"V {text['V'][0]:+.2f} {line} {text['V'][-1]:+.2f}"
 
-@torch.no_grad()
-def trace(model, tokenizer, value, reward, prompt, rollout, i, steering):
-    """What control did to text i: its pieces, and for each token gain, kl (nats) and V (reward)."""
-    mask = rollout.mask[i]
-    drawn, start = rollout.tokens[i][mask].tolist(), len(prompt)
-    whole = prompt + drawn
-    hidden = model(torch.tensor([whole], device=mask.device))[0, start - 1:-1]         # (T, n_embd)
-    texts = [tokenizer.decode(whole[:start + t]) or " " for t in range(len(drawn))]
-    kl, V = rollout.kl[i][mask], reward(texts) * value.info["step_rewards"] + value(hidden).cpu()
-    t = int(kl.argmax())
-    p, q = (log[0].exp() for log in steering(hidden[t:t + 1]))
-    def name(token):
-        return repr(tokenizer.encoding.decode([token]))
-    moved = [", ".join(f"{name(token)} {p[token]:.2f} -> {q[token]:.2f}" for token in tokens)
-             for tokens in ((q - p).topk(3).indices.tolist(), (p - q).topk(3).indices.tolist())]
-    return {"prompt": tokenizer.decode(prompt), "reward": reward([tokenizer.decode(whole)]).item(),
-            "lines": lines(pieces(tokenizer, drawn)), "V": V.tolist(), "kl": kl.tolist(),
-            "gain": (rollout.logq - rollout.logp)[i][mask].tolist(),
-            "largest": [f"{name(drawn[t])} {kl[t]:.2f}" for t in kl.topk(min(3, len(kl))).indices],
-            "moved": [f"there control raised {moved[0]}", f"and lowered {moved[1]}"]}
+def block(v, low, high):
+    """V on a scale of eight blocks from low to high"""
+    return BLOCKS[int((v - low) / max(high - low, 1e-9) * 7.99)]
 
-def show(label, text, pair, colour):
-    """Print a trace: the tinted tokens, or a row of signs below them; V; what control cost."""
-    print(f"{label}, reward {text['reward']:+.2f}: {text['prompt']} ..")
-    for row in text["lines"]:
-        tints = [(column, piece, level(sum(text["gain"][t] for t in places)))
-                 for column, piece, places in row]
-        if colour:
-            print("  " + "".join(f"\033[30;48;5;{ANSI[n]}m{piece}\033[0m" if n else piece
-                                 for _, piece, n in tints))
-            continue
-        print("  " + "".join(piece for _, piece, _ in tints))
-        signs = ""
-        for column, piece, n in tints:
-            signs = signs.ljust(column + (piece[0] == " ")) + "+-"[n < 0] * abs(n)
-        if signs.strip():
-            print("  " + signs.rstrip())
-    print(f"  {course(text, pair)}")
-    if sum(text["kl"]) > 0:
-        print(f"  KL {sum(text['kl']):.2f} nats, most at {', '.join(text['largest'])}",
-              *text["moved"], sep="\n  ")
 
-def show_pairs(traces):
-    """Print {label: [trace, ..]}, text by text."""
-    colour = "FORCE_COLOR" in os.environ or sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    print("control made a token likelier: + or blue, less likely: - or orange, a sign or shade for "
-          "each 2/3 nat")
-    for pair in zip(*traces.values()):
+def lines(text, low, high):
+    """A trace -> its lines: the words with their nats, and under each line the blocks of V"""
+    words = blocks = ""
+    done = []
+    for piece, places in text["pieces"]:
+        nats = sum(text["nats"][t] for t in places)
+        word = piece if abs(nats) < SHOWN else f"{piece}({nats:+.1f})"
+        if width(words + word) > COLUMNS and words:
+            done += [words, blocks]
+            words = blocks = ""
+        column = width(words) + len(piece) - len(piece.lstrip(" "))
+        if text["V"]:
+            blocks = blocks.ljust(column) + block(text["V"][places[-1]], low, high)
+        words += word
+    done += [words, blocks]
+    return [line for line in done if line]
+
+
+def show_texts(traces, rewards):
+    """Print {label: [trace, ..]}, text by text, with their {label: rewards (N,)}."""
+    seen = [v for texts in traces.values() for text in texts if text["V"] for v in text["V"]]
+    low, high = min(seen, default=0.0), max(seen, default=0.0)
+    if seen:
+        print(f"under the words: V after each, from {low:+.2f} ({BLOCKS[0]}) to {high:+.2f} ({BLOCKS[-1]})")
+    for i in range(len(next(iter(traces.values())))):
         print()
-        for label, text in zip(traces, pair):
-            show(label, text, pair, colour)
+        for label, texts in traces.items():
+            print(f"{label}, reward {rewards[label][i]:+.2f}: {texts[i]['prompt']} ..")
+            for line in lines(texts[i], low, high):
+                print(f"  {line}")
+            if any(texts[i]["kl"]):
+                print(f"  KL {sum(texts[i]['kl']):.2f} nats, {texts[i]['largest']}")
 
-def svg(texts):
-    """{label: trace} -> the same as a picture, readable on white and on dark"""
-    out, y, font = [], 4, 'font-family="monospace" font-size="13"'
-    for label, text in texts.items():
-        y += 22
-        out.append(f'<text x="8" y="{y}" font-weight="bold">{html.escape(label)}, reward '
-                   f'{text["reward"]:+.2f}: {html.escape(text["prompt"])} ..</text>')
-        for row in text["lines"]:
-            y += 24
-            for column, piece, places in row:
-                gain = sum(text["gain"][t] for t in places)
-                x, width = 8 + 7.8 * column, 7.8 * len(piece)
-                tint = WEB.get(level(gain), "#f4f4f4")
-                piece = html.escape(piece).replace(" ", "\u00a0")       # a plain one is trimmed
-                out.append(f'<rect x="{x:.1f}" y="{y - 15}" width="{width:.1f}" height="20" '
-                           f'fill="{tint}"><title>{piece} {gain:+.2f} nats</title></rect>'
-                           f'<text x="{x:.1f}" y="{y}" textLength="{width:.1f}">{piece}</text>')
-        y += 22
-        out.append(f'<text x="16" y="{y}" fill="#555">{course(text, texts.values())}</text>')
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 740 {y + 14}" {font}>'
-            f'<rect width="740" height="{y + 14}" fill="#f4f4f4"/>{"".join(out)}</svg>')
+
+# --------------------------------------------------------------------------------------- the table
+
+def metrics(rollout, rewards, base, texts):
+    """What texts earned and cost -> the cells of a row; base (N,): the rewards without control"""
+    mask = rollout.mask
+    gains = rewards - base
+    error = gains.std().item() / math.sqrt(len(gains)) if len(gains) > 1 else math.nan
+    pairs = []
+    for text in texts:
+        words = text.split()
+        pairs += zip(words, words[1:])
+    distinct = len(set(pairs)) / max(len(pairs), 1)
+    perplexity = (-rollout.log_p[mask].mean()).exp()
+    kl_text = (rollout.kl * mask).sum(1).mean()
+    return [f"{rewards.mean():+.3g}", f"{gains.mean():+.3f}", f"{error:.2g}", f"{kl_text:.3f}",
+            f"{rollout.kl[mask].mean():.2g}", f"{perplexity:.3g}", f"{distinct:.2g}"]
+
+
+def show_row(label, cells):
+    print(f"{label:18}" + "".join(f"{cell:>11}" for cell in cells))
+
 
 # -------------------------------------------------------------------------------------- the script
 
-def progress(label, done, total):
-    if sys.stderr.isatty():
-        print(f"\r\033[K{label} {done} of {total}", end="\n" * (done == total), file=sys.stderr)
+def own_reward(info):
+    """The reward that the net names. A net may come from anyone: code in a file is not run for it."""
+    if ".py" in info["reward"]:
+        raise InputError(f"the net's reward is code, and is run only if you name it: --reward "
+                         f"{info['reward']}")
+    return info["reward"]
 
-def figures(rollout, rewards, texts):
-    """What a set of texts earned and cost: the columns of the table"""
-    mask, words = rollout.mask, [text.split() for text in texts]
-    pairs = [pair for row in words for pair in zip(row, row[1:])]
-    error = rewards.std().item() / math.sqrt(len(rewards))
-    return [f"{rewards.mean():+.3g}", f"{error:.2g}" if len(rewards) > 1 else "n/a",
-            f"{(rollout.kl * mask).sum(1).mean():.3g}", f"{rollout.kl[mask].mean():.2g}",
-            f"{(-rollout.logp[mask].mean()).exp():.3g}",
-            f"{len(set(pairs)) / len(pairs):.2g}" if pairs else "n/a"]
-
-def show_table(results):
-    """Print {label: (rollout, rewards, texts)} as rows, and the gain."""
-    heads = ("", "reward", "+-", "KL a text", "a token", "perplexity", "distinct")
-    print()
-    for cells in (heads, *((label, *figures(*result)) for label, result in results.items())):
-        print(f"{cells[0]:18}" + "".join(f"{cell:>11}" for cell in cells[1:]))
-    gain = results["with control"][1] - results["without control"][1]
-    error = f"{gain.std() / math.sqrt(len(gain)):.2g}" if len(gain) > 1 else "n/a"
-    print(f"gain {gain.mean():+.3g} +- {error}, paired")
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[1], usage=argparse.SUPPRESS,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser._negative_number_matcher = re.compile(r"-\.?\d")     # else -1e-1 is taken for an option
-    dial = parser.add_argument_group("control").add_argument
-    dial("--strength", type=float, default=1.0, help="1 as trained, -1 the other way, 0 none")
-    dial("--max-kl", type=float, default=math.inf, help="the most control may cost, nats a token")
-    dial("--steps", type=int, default=1, help="of gradient ascent; they share the step size")
-    dial("--radius", type=float, help="of the ball around the state; 1: a state's typical distance "
-         "from the mean state; None: the net's")
-    what = parser.add_argument_group("texts").add_argument
-    what("--prompt", action="append", default=[], help="may be given again")
-    what("--prompts", help="a file, one prompt a line; None: the model's prompts.txt, or one empty")
-    what("--samples", type=int, default=1000, help="texts, the prompts in turn")
-    what("--tokens", type=int, default=32, help="tokens drawn a text, at most")
-    what("--temperature", type=float, default=1.0, help="divides the logits before each draw")
-    what("--seed", type=int, default=1002, help="of the draws")
-    what("--show", type=int, default=2, help="pairs of texts shown")
-    what("--svg", type=Path, help="the first pair as a picture")
-    where = parser.add_argument_group("the model and the net").add_argument
-    where("--value", default="out/value.pt", help="from train_value.py")
-    where("--model", help="gpt2, gpt2-medium, .. or a directory; None: the net's")
-    where("--reward", help="as in train_value.py; None: the net's")
-    devices = ["cuda"] * torch.cuda.is_available() + ["cpu"]
-    where("--device", choices=devices, default=devices[0], help="where the model runs")
+    parser.add_argument("--value", default="out/value.pt", help="a net of train_value.py")
+    parser.add_argument("--strength", default="1", help="times the trained step size, a row each: "
+                        "0.5,1,2; the other way: --strength=-1")
+    parser.add_argument("--steps", type=int, default=1, help="of ascent; they share the step size")
+    parser.add_argument("--radius", type=float, help="of the ball around the state; None: the net's")
+    parser.add_argument("--max-kl", type=float, default=math.inf, help="nats a token, at most")
+    parser.add_argument("--top-p", type=float, default=1.0, help="cut p to its nucleus, then control")
+    parser.add_argument("--temperature", type=float, default=1.0, help="divides all logits")
+    parser.add_argument("--prompt", action="append", default=[], help="may be given again")
+    parser.add_argument("--prompts", help="a text file, a prompt a line; None: the model's own")
+    parser.add_argument("--samples", type=int, default=1000, help="texts a row")
+    parser.add_argument("--tokens", type=int, help="drawn a text, at most; None: the net's")
+    parser.add_argument("--seed", type=int, default=1002, help="of the draws")
+    parser.add_argument("--show", type=int, default=2, help="texts shown")
+    parser.add_argument("--model", help="gpt2, gpt2-medium, .. or a directory; None: the net's")
+    parser.add_argument("--reward", help="as in train_value.py; None: the net's, unless it is code")
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    parser.add_argument("--device", choices=devices, default=devices[0], help="of the model")
     args = parser.parse_args(argv)
-    if min(args.samples, args.tokens, args.steps, args.seed) < 1 or args.svg and args.show < 1:
-        parser.error("--samples, --tokens, --steps, --seed and, with --svg, --show are 1 or more")
-    above = args.temperature, args.max_kl, 1.0 if args.radius is None else args.radius
-    if not (all(number > 0 for number in above) and abs(args.strength) < 1e6):
-        parser.error("--temperature, --max-kl and --radius are above 0, --strength within +-1e6")
+    try:
+        args.strength = [float(word) for word in args.strength.split(",")]
+    except ValueError:
+        parser.error(f"--strength {args.strength} is no list of numbers such as 0.5,1,2")
+    whole = [args.samples, args.steps, args.seed, args.tokens or 1, args.show + 1]
+    if min(whole) < 1 or args.seed >= 2 ** 63:
+        parser.error("--samples, --steps, --tokens and --seed are 1 or more, --seed below 2^63")
+    above = [args.temperature, args.max_kl, args.top_p, args.radius or 1.0]
+    if not all(number > 0 for number in above):
+        parser.error("--temperature, --max-kl, --top-p and --radius are above 0")
+    if not all(abs(strength) < 1e6 for strength in args.strength):
+        parser.error("--strength is within +-1e6")
     return args
+
 
 def main(argv=None):
     args = parse_args(argv)
     value = ValueNet.load(args.value)
-    info, name = value.info, args.model or value.info["model"]
+    info = value.info
+    name = args.model or info["model"]
+    tokens = args.tokens or info["tokens"]
+    radius = args.radius or info["radius"]
     model, tokenizer = load(name, info["tokenizer"], args.device, getattr(torch, info["dtype"]))
-    value = value.fit_to(model)
-    if model.wte.weight.numel() < 1e6:
-        torch.set_num_threads(1)        # see train_value.py
-    reward = load_reward(args.reward or info["reward"], args.device, info["tokenizer"])
+    value = value.check_model(model)
     prompts = read_prompts(model, tokenizer, name, args.prompt, args.prompts)
-    rows = [prompts[i % len(prompts)] for i in range(args.samples)]
-    step_size = args.strength * info["step_size"] / args.steps
-    print(f"model {name}, {len(prompts)} prompts; net {args.value}, {info['method']}\nreward "
-          f"{args.reward or info['reward']}; control: {args.steps} x step size {step_size:.3g}")
+    rows = in_turn(prompts, args.samples, args.seed)
+    reward_name = args.reward or own_reward(info)
+    reward = load_reward(reward_name, args.device, info["reward_tokenizer"])
+    print(f"net {args.value}: {info['method']}, step size {info['step_size']:.3g}; reward "
+          f"{reward_name}; {len(prompts)} prompts")
+    own = reward if (reward_name, tokens) == (info["reward"], info["tokens"]) else None
+    if not own:
+        print(f"no line of V: it forecasts {info['reward']} of texts of {info['tokens']} tokens")
 
-    def controller(hidden):
-        return ascend(value, hidden, args.steps, step_size, args.radius or info["radius"])
+    strengths = {"without control": 0.0}
+    strengths |= {f"strength {strength:g}": strength for strength in args.strength}
+    table = uniform_table(args.samples, tokens, args.seed)
+    rewards = {}
+    traces = {}
+    cells = {}
+    for label, strength in strengths.items():
+        how = dict(controller=None, temperature=args.temperature, top_p=args.top_p, max_kl=args.max_kl)
+        if strength != 0:
+            step_size = strength * info["step_size"] / args.steps
+            how["controller"] = partial(ascend, value, steps=args.steps, step_size=step_size,
+                                        radius=radius)
+        rollout = generate(model, rows, table, **how, progress=partial(show_progress, label))
+        texts = rollout.texts(tokenizer, rows)
+        rewards[label] = reward(texts)
+        cells[label] = metrics(rollout, rewards[label], rewards["without control"], texts)
+        log_probs = partial(controlled_log_probs, model, **how)
+        traces[label] = [trace(model, tokenizer, value, own, rows, rollout, i, log_probs)
+                         for i in range(min(args.show, args.samples))]
+    show_texts(traces, rewards)
+    print()
+    show_row("", ["reward", "gain", "+-", "KL a text", "a token", "perplexity", "distinct"])
+    for label in strengths:
+        show_row(label, cells[label])
 
-    results, traces = {}, {}
-    for label, control in (("without control", None), ("with control", controller)):
-        how = dict(controller=control, temperature=args.temperature, max_kl=args.max_kl)
-        rollout = generate(model, rows, uniform_table(args.samples, args.tokens, args.seed), **how,
-                           progress=partial(progress, label))
-        texts = [tokenizer.decode(prompt + tokens[mask].tolist()) for prompt, tokens, mask
-                 in zip(rows, rollout.tokens.cpu(), rollout.mask.cpu())]
-        results[label] = rollout, reward([text or " " for text in texts]), texts
-        traces[label] = [trace(model, tokenizer, value, reward, rows[i], rollout, i, partial(
-            steer, model, **how)) for i in range(min(args.show, args.samples))]
-    show_pairs(traces)
-    show_table(results)
-    if args.svg:
-        try:
-            args.svg.parent.mkdir(parents=True, exist_ok=True)
-            args.svg.write_text(svg({label: texts[0] for label, texts in traces.items()}), "utf-8")
-        except OSError as error:
-            raise InputError(f"--svg {args.svg}: {error.strerror}; name another file") from None
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")        # where the terminal has no ▁ or é
-    try:
-        main()
-    except InputError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

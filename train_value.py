@@ -1,200 +1,296 @@
 """
 Train a value function on the hidden states of a frozen GPT-2: rollouts -> rewards -> net -> report.
 
+    python train_value.py                                           # the tiny model, ten seconds
     python train_value.py --model gpt2 --prompts tests/openings.txt --out out/gpt2.pt
 
-    1. draw texts without control, and keep every state and every score function
-    2. step rewards: r_t = reward of the text that ends with y_t, less that of the text before it
-       (potential-based shaping, Ng et al. 1999)
-    3. fit Q to the Bellman equation (value.py), find the step that costs NATS, report, save
+    1. draw texts without control; keep each state and each grad_log_p
+    2. score every text, and every beginning of it: the reward so far
+    3. fit Q to the Bellman equation (value.py)
+    4. find the step size that costs NATS, save the net, report on texts that it has not seen
 
---method paper is the paper's way. The default, q, differs where that measured better:
-    1. a gradient head, trained on the draws       (paper and plain: V alone, differentiated)
-    2. step rewards                                (paper and plain: all of the reward at the end)
-    3. TD(lambda), lambda 0.95                     (paper: one-step targets, lambda 0)
-    4. states standardised                         (paper: raw states)
+--method is one row of METHODS. The paper's way (arXiv 2406.05954) is `paper`; `q` differs in
+    1. g, learned from the draws                (paper and plain: V alone, differentiated)
+    2. the reward so far, an input of V         (q-end, plain, paper: none, for rewards that judge
+                                                 finished texts only)
+    3. TD(lambda) with LAMBDA                   (paper: one-step targets, lambda 0)
+    4. states standardised, in a ball           (paper: raw states, no ball)
 """
 import argparse
-import functools
 import math
 import os
-import sys
+import tempfile
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from control import ascend, generate, read_prompts, step_for_kl, uniform_table
-from model import InputError, load
-from value import ValueNet, bellman_targets, load_reward
+from control import (RADIUS, ascend, check_length, generate, readable, step_for_kl,
+                     uniform_table)
+from model import InputError, in_turn, load, read_prompts, run_script, show_progress
+from value import ValueNet, bellman_targets, load_reward, rewards_so_far
 
-METHODS = {"q": dict(gradient_head=True, lam=0.95, standardised=True, step_rewards=True),
-           "plain": dict(gradient_head=False, lam=0.95, standardised=True, step_rewards=False),
-           "paper": dict(gradient_head=False, lam=0.0, standardised=False, step_rewards=False)}
+RIDGE = 0.1         # on |g|^2, whitened
+DECAY = 0.0         # weight decay of AdamW
+LAMBDA = 0.8        # of TD(lambda)
+RATE = 0.01         # of AdamW, falling to 0 as a cosine
+EPOCHS = 4
+BATCH = 64          # texts a step
+METHODS = {
+    "q": dict(gradient_head=True, reads_so_far=True, standardised=True, lam=LAMBDA, radius=RADIUS),
+    "q-end": dict(gradient_head=True, reads_so_far=False, standardised=True, lam=LAMBDA,
+                  radius=RADIUS),
+    "plain": dict(gradient_head=False, reads_so_far=False, standardised=True, lam=LAMBDA,
+                  radius=RADIUS),
+    "paper": dict(gradient_head=False, reads_so_far=False, standardised=False, lam=0.0,
+                  radius=math.inf),
+}
 NATS = 0.5          # a text: what the saved step size costs
-RADIUS = 10.0       # of the ball: wide, since the nats are what bounds a step
 HELD_OUT = 1000     # texts to report on
-RATE, EPOCHS, BATCH, DECAY = 0.01, 4, 64, 1.0       # of AdamW; BATCH in texts
-TOY = os.path.relpath(Path(__file__).with_name("tests") / "toy")
+GROUP = 128         # texts scored in one call
+TOY = str(Path(__file__).with_name("tests") / "toy")
 
-def progress(label, done, total):
-    if sys.stderr.isatty():
-        print(f"\r\033[K{label} {done} of {total}", end="\n" * (done == total), file=sys.stderr)
 
-def partial_rewards(reward, tokenizer, prompts, rollout, step_rewards, show=lambda *_: None):
+def score(reward, tokenizer, prompts, rollout, beginnings=True, progress=None):
     """
-    -> (N, T + 1) float64: column t is the reward of the text before y_t (0 without step_rewards);
-    from the text's end on, the whole text's
+    -> so_far (N, T), the reward of each text before y_t was drawn, and outcome (N,), that of the
+    finished texts; float64. Without `beginnings` only finished texts are scored, and so_far is 0.
     """
-    partial, group = torch.zeros(len(prompts), rollout.mask.size(1) + 1, dtype=torch.float64), 128
-    lengths, tokens = rollout.mask.sum(1).tolist(), rollout.tokens.tolist()
-    for start in range(0, len(prompts), group):
-        rows = range(start, min(start + group, len(prompts)))
-        places = [(i, t) for i in rows for t in range(lengths[i] + 1)
-                  if step_rewards or t == lengths[i]]
-        texts = [tokenizer.decode(prompts[i] + tokens[i][:t]) for i, t in places]
-        known = iter(reward([text for text in texts if text]).tolist())
-        for (i, t), text in zip(places, texts):
-            partial[i, t:] = next(known) if text else math.nan
-        show(rows.stop, len(prompts))
-    return partial.where(partial.isfinite(), partial[:, -1].nanmean())  # empty texts: the mean
+    N, T = rollout.mask.shape
+    table = torch.zeros(N, T + 1, dtype=torch.float64)
+    for start in range(0, N, GROUP):
+        stop = min(start + GROUP, N)
+        rows = [rollout.beginnings(tokenizer, prompts, i) for i in range(start, stop)]
+        if not beginnings:
+            rows = [row[-1:] for row in rows]
+        table[start:stop] = rewards_so_far(reward, rows, T + 1)
+        if progress:
+            progress(stop, N)
+    outcome = table[:, -1]
+    so_far = table[:, :-1] if beginnings else torch.zeros(N, T, dtype=torch.float64)
+    return so_far, outcome
 
-def whitening(scores, W):
-    """
-    scores (n, n_embd) of draws and W (n_vocab, n_embd) -> T = M^-1/2 (n_embd, n_embd), symmetric.
 
-    M: second moment of the scores plus that of uniformly chosen tokens. T makes draws alike in all
-    directions, so that AdamW favours none; the second part binds those that only rare tokens have.
-    In float64, as float32 loses small directions; eigenvalues are at least 1e-10 of the largest.
-    """
-    scores, W = scores.double(), W.double() - W.double().mean(0)
-    sizes, axes = torch.linalg.eigh(scores.T @ scores / len(scores) + W.T @ W / len(W))
-    return (axes / sizes.clamp(min=1e-10 * sizes.max()).sqrt() @ axes.T).float()
+def rewards_at_end(outcome, mask):
+    """outcome (N,), mask (N, T) -> r_t (N, T): the outcome at each text's last token, 0 elsewhere"""
+    last = torch.arange(mask.size(1), device=mask.device) == mask.sum(1, keepdim=True) - 1
+    return outcome.to(mask.device)[:, None] * last
 
-def train(model, rollout, rewards, gradient_head, lam, standardised, seed, show=lambda *_: None):
+
+def whitening(grad_log_p, W):
     """
-    A Rollout with states and its rewards r_t (N, T) -> a frozen ValueNet. Rewards are standardised
-    and scores whitened for training; both are undone in the heads. InputError if it diverges.
+    grad_log_p (n, n_embd) of draws, W (n_vocab, n_embd) -> M^-1/2 (n_embd, n_embd), symmetric.
+
+    M is the second moment of grad_log_p plus that of uniformly chosen tokens. Whitened, draws are
+    alike in all directions, and AdamW favours none. The second part binds directions that only rare
+    tokens have. In float64: float32 loses the small directions. Eigenvalues are at least 1e-10 of
+    the largest.
+    """
+    drawn = grad_log_p.double()
+    tokens = W.double() - W.double().mean(0)
+    M = drawn.T @ drawn / len(drawn) + tokens.T @ tokens / len(tokens)
+    sizes, axes = torch.linalg.eigh(M)
+    sizes = sizes.clamp(min=1e-10 * sizes.max())
+    return (axes / sizes.sqrt() @ axes.T).float()
+
+
+def bellman_loss(value, hidden, so_far, draws, rewards, mask, lam):
+    """
+    States hidden and whitened grad_log_p `draws` (B, T, n_embd), the others (B, T) -> the loss, ():
+    the mean over real tokens of (Q - target)^2 + RIDGE |g|^2. A net without g is fitted by V alone.
+    """
+    V = value(hidden, so_far)                                                   # (B, T)
+    target = bellman_targets(V.detach(), rewards, mask, lam)
+    if draws is None:
+        return (V - target).square()[mask].mean()
+    g = value.gradient(hidden)                                                  # (B, T, n_embd)
+    Q = V + (g * draws).sum(-1)
+    loss = (Q - target).square() + RIDGE * g.square().sum(-1)
+    return loss[mask].mean()
+
+
+@torch.enable_grad()                    # a reward's file may have switched it off
+def train(model, rollout, so_far, rewards, gradient_head, reads_so_far, standardised, lam, seed,
+          progress=None):
+    """
+    A Rollout with states, so_far and rewards r_t (N, T) -> a frozen ValueNet.
+
+    For training, outcomes get mean 0 and deviation 1, and grad_log_p is whitened; `unscale` undoes
+    both. InputError if the loss diverges.
     """
     torch.manual_seed(seed)
     mask, hidden, W = rollout.mask, rollout.hidden, model.wte.weight.float()
-    value = ValueNet(hidden.size(-1), gradient_head=gradient_head).to(W.device)
+    value = ValueNet(hidden.size(-1), gradient_head=gradient_head, reads_so_far=reads_so_far)
+    value.to(W.device)
     if standardised:
         std, mean = torch.std_mean(hidden[mask].float(), 0)
-        value.mean.copy_(mean), value.std.copy_(std.clamp(min=1e-6))
+        value.mean.copy_(mean)
+        value.std.copy_(std.clamp(min=1e-6))
+
     scale, shift = torch.std_mean(rewards.sum(1))
-    last = torch.arange(mask.size(1), device=W.device) == mask.sum(1, keepdim=True) - 1
-    rewards = (rewards - shift * last) / scale          # outcomes have mean 0, deviation 1
-    T = whitening(rollout.score[mask].float(), W) if gradient_head else None
-    optimizer = torch.optim.AdamW([{"params": [p], "weight_decay": DECAY * (p.dim() > 1)}
-                                   for p in value.parameters()], lr=RATE)      # none on biases
+    shifts = rewards_at_end(shift.expand(len(mask)), mask.cpu())
+    rewards = ((rewards - shifts) / scale).float().to(W.device)
+    so_far = ((so_far - shift) / scale).float().to(W.device)
+    whiten = whitening(rollout.grad_log_p[mask], W) if gradient_head else None
+
+    optimizer = torch.optim.AdamW(value.parameters(), lr=RATE, weight_decay=DECAY)
     steps = EPOCHS * math.ceil(len(mask) / BATCH)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for epoch in range(EPOCHS):
         for rows in torch.randperm(len(mask)).split(BATCH):
-            values = value(hidden[rows])                                            # (BATCH, T)
-            targets = bellman_targets(values.detach(), rewards[rows], mask[rows], lam)
-            if gradient_head:                                                       # Q instead of V
-                values = value.q(hidden[rows], rollout.score[rows].float() @ T)
-            loss = (values - targets)[mask[rows]].square().mean()
+            draws = rollout.grad_log_p[rows].float() @ whiten if gradient_head else None
+            loss = bellman_loss(value, hidden[rows], so_far[rows], draws, rewards[rows], mask[rows], lam)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
         if not loss.isfinite():
             raise InputError(f"training diverged in epoch {epoch + 1}; choose a smaller RATE")
-        show(epoch + 1, EPOCHS)
-    with torch.no_grad():
-        value.value_head.weight *= scale
-        value.value_head.bias.mul_(scale).add_(shift)
-        if gradient_head:
-            value.gradient_head.weight.copy_(scale * T @ value.gradient_head.weight)
+        if progress:
+            progress(epoch + 1, EPOCHS)
+    unscale(value, scale, shift, whiten)
     return value.requires_grad_(False)
 
-def report(value, rollout, partial):
-    """How well V predicts on texts that it has not seen, and whether a constant does better"""
-    mask = rollout.mask.cpu()
-    so_far, outcome = partial[:, :-1][mask], partial[:, -1:].expand(mask.shape)[mask]
-    V, to_come = value(rollout.hidden).cpu().double()[mask], outcome - so_far
-    error, constant = (V - to_come).square().mean(), to_come.var()
-    print(f"{len(mask)} held-out texts, all states: R^2 of V for the reward still to come "
-          f"{1 - error / constant:.3f},\nof reward so far + V for the outcome "
-          f"{1 - error / outcome.var():.3f}" + (error > constant) * "; V is worse than a constant")
 
-def check_out(path, info):
-    """Before any work: can the net be written, and what does it replace?"""
-    folder = next(parent for parent in path.resolve().parents if parent.exists())
-    if not os.access(folder, os.W_OK) or folder.is_file():
-        raise InputError(f"--out {path}: {folder} cannot be written; choose another")
-    if path.exists():                   # load refuses to replace what is no value net
-        old = ValueNet.load(path).info
-        changed = [f"{key} {old.get(key)}" for key in info if old.get(key) != info[key]]
-        print(f"{path} will be replaced; it had {', '.join(changed) or 'the same settings'}")
+@torch.no_grad()
+def unscale(value, scale, shift, whiten):
+    """
+    Turn a net of standardised outcomes into one of outcomes: V <- shift + scale V, g <- scale g.
+    V's head becomes float64, since a reward may be large and vary little.
+    """
+    head = value.value_head.double()
+    if value.reads_so_far:              # shift + scale (a + b (r - shift) / scale)
+        head.weight[0].mul_(scale).sub_(shift * head.weight[1])
+        head.bias[0].mul_(scale).sub_(shift * head.bias[1])
+    else:
+        head.weight.mul_(scale)
+        head.bias.mul_(scale)
+    head.bias[0] += shift
+    if whiten is not None:
+        value.gradient_head.weight.copy_(scale * whiten @ value.gradient_head.weight)
+
+
+def report(value, rollout, so_far, outcome):
+    """Print R^2 over all states of unseen texts: of V for the outcome, and of the reward so far"""
+    mask = rollout.mask.cpu()
+    truth = outcome[:, None].expand(mask.shape)[mask]
+    if truth.var() == 0:
+        print(f"{len(mask)} held-out texts all earn {truth[0]:g}, so R^2 is not defined")
+        return
+
+    def r_squared(forecast):
+        return 1 - (forecast.cpu()[mask] - truth).square().mean() / truth.var()
+    V = value(rollout.hidden, so_far.to(rollout.hidden.device))                 # (N, T)
+    line = f"{len(mask)} held-out texts, all states: R^2 of V for the outcome {r_squared(V):.3f}"
+    if value.reads_so_far:
+        line += f", of the reward so far alone {r_squared(so_far):.3f}"
+    print(line)
+
+
+# -------------------------------------------------------------------------------------- the script
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[1], usage=argparse.SUPPRESS,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    what = parser.add_argument_group("what is learned").add_argument
-    what("--reward", default="sentiment", help="sentiment; FILE.py:FUNCTION, from a list of texts "
-         "to a number each; or a GPT-2 classifier's directory, or DIRECTORY:LABEL")
-    what("--method", choices=METHODS, default="q", help="see the top of this file")
-    what("--no-step-rewards", action="store_true", help="q: all of the reward at the end of a text")
-    what("--rollouts", type=int, default=4000, help="texts to learn from")
-    what("--tokens", type=int, default=32, help="tokens drawn a text, at most")
-    what("--seed", type=int, default=1, help="of the draws and of the net")
-    where = parser.add_argument_group("the model and the files").add_argument
-    where("--model", default=TOY, help="gpt2, gpt2-medium, .. or a directory")
-    where("--tokenizer", help="of a model without tokenizer files, such as gpt2")
-    where("--prompts", help="a text file, one prompt a line; the model's bos, if any, comes before "
-          "each; None: prompts.txt beside the model, or the empty text")
-    where("--out", type=Path, default="out/value.pt", help="where the net is saved")
-    devices = ["cuda"] * torch.cuda.is_available() + ["cpu"]
-    where("--device", choices=devices, default=devices[0], help="where the model runs")
-    where("--dtype", choices=["float32", "bfloat16"], default="float32", help="of its weights")
+    parser.add_argument("--reward", default="sentiment", help="sentiment; FILE.py:FUNCTION, from a "
+                        "list of texts to a number each, which must not depend on the other texts; "
+                        "or a GPT-2 classifier's DIRECTORY or DIRECTORY:LABEL")
+    parser.add_argument("--method", choices=METHODS, default="q", help="a row of METHODS")
+    parser.add_argument("--rollouts", type=int, default=4000, help="texts to learn from")
+    parser.add_argument("--tokens", type=int, default=32, help="tokens drawn a text, at most")
+    parser.add_argument("--seed", type=int, default=1, help="of the draws and of the net")
+    parser.add_argument("--model", default=TOY, help="gpt2, gpt2-medium, .. or a directory")
+    parser.add_argument("--tokenizer", help="of a model without tokenizer files, such as gpt2")
+    parser.add_argument("--reward-tokenizer", help="of a classifier without tokenizer files")
+    parser.add_argument("--prompts", help="a text file, a prompt a line; None: prompts.txt beside the "
+                        "model, or the empty text. The model's bos, if any, comes before each")
+    parser.add_argument("--out", default="out/value.pt", help="where the net is saved")
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    parser.add_argument("--device", choices=devices, default=devices[0], help="of the model")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32",
+                        help="of the model's weights")
     args = parser.parse_args(argv)
-    if min(args.rollouts, args.tokens, args.seed) < 1:
-        parser.error("--rollouts, --tokens and --seed are 1 or more")
+    if min(args.rollouts, args.tokens, args.seed) < 1 or args.seed >= 2 ** 63:
+        parser.error("--rollouts, --tokens and --seed are 1 or more, --seed below 2^63")
     return args
+
+
+def check_out(path):
+    """Before any work: InputError if the net cannot be written there, or would replace another file"""
+    folder = next(parent for parent in path.parents if parent.exists())
+    try:
+        with tempfile.TemporaryDirectory(dir=folder) as empty:
+            Path(empty, path.name).touch()
+    except OSError as error:
+        raise InputError(f"--out {path}: cannot be written ({error.strerror}); choose another")
+    if path.exists():
+        settings = ValueNet.load(path).info                 # InputError if it is no value net
+        print(f"{path.name} will be replaced: {settings['method']}, reward {settings['reward']}, "
+              f"{settings['rollouts']} rollouts, seed {settings['seed']}")
+
+
+def check_memory(model, rollouts, tokens):
+    """Before any work: InputError if the states of all texts are more than the memory"""
+    numbers = rollouts * tokens * model.config.n_embd
+    needed = 20 * numbers       # bytes: the states, grad_log_p, a copy in float32, one in float64
+    if model.wte.weight.is_cuda:
+        memory = torch.cuda.mem_get_info()[1]
+    elif hasattr(os, "sysconf"):
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        memory = math.inf                                   # Windows does not say
+    if needed > memory:
+        raise InputError(f"{rollouts} rollouts x {tokens} tokens x {model.config.n_embd} numbers need "
+                         f"{needed / 1e9:.0f} GB, and there are {memory / 1e9:.0f}; lower --rollouts")
+
 
 def main(argv=None):
     args = parse_args(argv)
-    settings = dict(METHODS[args.method])
-    step_rewards = settings.pop("step_rewards") and not args.no_step_rewards
-    info = vars(args) | {"step_rewards": step_rewards}
-    del info["out"], info["device"], info["no_step_rewards"]
-    check_out(args.out, info)
+    out = Path(args.out).absolute()                         # a reward may change the folder
+    check_out(out)
     model, tokenizer = load(args.model, args.tokenizer, args.device, getattr(torch, args.dtype))
-    if model.wte.weight.numel() < 1e6:
-        torch.set_num_threads(1)    # a tiny model on a busy machine: 4 seconds instead of 2 minutes
     prompts = read_prompts(model, tokenizer, args.model, path=args.prompts)
-    reward = load_reward(args.reward, args.device, args.tokenizer)
-    reward([tokenizer.decode(prompt) or "a" for prompt in prompts[:2]])     # fails now, not later
-    print(f"{args.model}: {sum(p.numel() for p in model.parameters()):,} parameters, frozen, "
-          f"{args.dtype} on {args.device}; {len(prompts)} prompts; reward {args.reward} "
-          f"{getattr(reward, 'label', '')}" + f"; left out {[*model.extra]}" * bool(model.extra))
+    check_length(model, prompts, args.tokens)
+    check_memory(model, args.rollouts, args.tokens)
+    reward = load_reward(args.reward, args.device, args.reward_tokenizer)
+    reward([readable(tokenizer, prompt) for prompt in prompts[:2]])             # fails now, not later
+    parameters = sum(weight.numel() for weight in model.parameters())
+    print(f"{Path(args.model).resolve().name}: {parameters:,} parameters, frozen, {args.dtype} on "
+          f"{args.device}; {min(len(prompts), args.rollouts)} of {len(prompts)} prompts; reward "
+          f"{getattr(reward, 'label', args.reward)}", flush=True)
+
+    settings = dict(METHODS[args.method])
+    radius = settings.pop("radius")
+    reads_so_far = settings["reads_so_far"]
 
     def roll_out(samples, seed, label):
-        rows = [prompts[i % len(prompts)] for i in range(samples)]
+        rows = in_turn(prompts, samples, seed)
         rollout = generate(model, rows, uniform_table(samples, args.tokens, seed), record=True,
-                           progress=functools.partial(progress, f"{label} drawn"))
-        return rollout, partial_rewards(reward, tokenizer, rows, rollout, step_rewards,
-                                        functools.partial(progress, f"{label} scored"))
-    rollout, partial = roll_out(args.rollouts, args.seed, "rollouts")
-    rewards = partial.diff(dim=1).float().to(args.device)                   # (N, T)
-    spread, mean = torch.std_mean(partial[:, -1])
-    print(f"{args.rollouts} rollouts: reward {mean:.3g}, standard deviation {spread:.3g}")
-    if not spread > 0:
-        raise InputError(f"every text has the reward {mean:g}; choose a --reward that varies")
-    value = train(model, rollout, rewards, **settings, seed=args.seed,
-                  show=functools.partial(progress, "epoch"))
-    radius = RADIUS if settings["standardised"] else math.inf
-    step = step_for_kl(model, lambda h, size: ascend(value, h, 1, size, radius), rollout, NATS)
+                           progress=partial(show_progress, f"{label} drawn"))
+        so_far, outcome = score(reward, tokenizer, rows, rollout, reads_so_far,
+                                partial(show_progress, f"{label} scored"))
+        return rollout, so_far, outcome
+
+    rollout, so_far, outcome = roll_out(args.rollouts, args.seed, "rollouts")
+    spread, mean = torch.std_mean(outcome)
+    print(f"{args.rollouts} rollouts: reward {mean:.3g}, standard deviation {spread:.3g}", flush=True)
+    if not 0 < spread < math.inf:
+        raise InputError(f"rewards of mean {mean:g} have a deviation of {spread:g}; choose a --reward "
+                         f"that varies, on a scale near 1")
+    rewards = rewards_at_end(outcome, rollout.mask.cpu())
+    value = train(model, rollout, so_far, rewards, **settings, seed=args.seed,
+                  progress=partial(show_progress, "epoch"))
+
+    def controller_at(hidden, step_size):
+        return ascend(value, hidden, 1, step_size, radius)
+    step_size = step_for_kl(model, controller_at, rollout, NATS)
+    info = {key: item for key, item in vars(args).items() if key not in ("out", "device")}
+    info |= {"step_size": step_size, "radius": radius, "nats": NATS}
+    value.save(out, model, info)
+    parameters = sum(weight.numel() for weight in value.parameters())
+    print(f"{args.out}: {parameters:,} parameters; step size {step_size:.3g}", flush=True)
     report(value, *roll_out(HELD_OUT, args.seed + 1, "held-out"))
-    value.save(args.out, model, info | {"step_size": step, "radius": radius, "nats": NATS})
-    print(f"{args.out}: {sum(p.numel() for p in value.parameters()):,} parameters; step {step:.3g}")
+
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    run_script(main)

@@ -1,104 +1,139 @@
 """
-V(h), the reward still to come, read off the hidden state; g(h), its gradient; and the rewards.
+V, a forecast of the reward; g, the direction in which control pushes; and the rewards themselves.
 
-    x = (h - mean) / std                     of the training states
-    f = phi(W1 x + b1)                       one hidden layer
-    V(h) = w2 . f + b2                       value head
-    g(h) = G f                               gradient head; without one, std dV/dx = std^2 dV/dh
-    Q(h, y) = V(h) + g(h) . score(y)         the value of drawing y
-    score(y) = W[y] - E_p[W]                 score function: grad_u log p_u(y) at u = 0
-    target_t = r_t + (1 - lam) V(h_{t+1}) + lam target_{t+1}       Bellman, as TD(lambda)
-    loss = mean over states of (Q(h_t, y_t) - target_t)^2     (without g: V)
+    x = (h - mean) / std                   h: a hidden state; mean and std of the training states
+    f = tanh(W1 x + b1)                    one hidden layer
+    V(h, r) = a(f) + b(f) r                the expected reward of the finished text, if it goes on
+                                           without control; r: the reward of the text so far
+    g(h) = G f                             where to push h, so that the next draw earns more
+    Q(h, r, y) = V(h, r) + g(h) . grad_log_p(y)        the value of drawing token y
+    grad_log_p(y) = W[y] - E_p[W]          gradient of log softmax(W (h + u))[y] in u, at u = 0
+    target_t = (1 - lam) V_{t+1} + lam target_{t+1}    at a text's last token: its reward
+    loss = mean of (Q_t - target_t)^2 + RIDGE |g_t|^2
 
-Source: Kong et al. 2024 (arXiv 2406.05954), which trains V alone and climbs dV/dh. But values do
-not train their gradient. Control acts on the draw only, p_u(y) ~ exp(W[y] . (h + u)), so what to
-climb is the expected reward in u, and the draws show it: the g of least squares is its natural
-gradient (compatible function approximation, Sutton et al. 2000; Kakade 2001). E_p[score] = 0, so V
-stays the mean of Q over y, as in Bellman's equation. The policy that maximises E_u[Q] - beta
-KL(p_u || p) is p(y) exp(Q(h, y) / beta) ~ softmax(W (h + g / beta)): one step of ascent
-(KL-regularised policy improvement, Todorov 2006; Peters et al. 2010).
+Kong et al. 2024 (arXiv 2406.05954) train V alone and climb dV/dh. But V is fitted to states that
+were seen, and no draw tells how it changes between them. Control acts on the next draw only: it
+makes p_u(y) proportional to p(y) exp(W[y] . u). So all it needs of Q is the part that is linear in
+W[y]. That part is g, and the draws show it: g is fitted, not differentiated. The mean of grad_log_p
+under p is 0, so V stays the mean of Q over y, as in Bellman's equation.
 
-Limitations: V reads one state, not the text: what the state does not hold, V cannot know.
+The policy that maximises E[Q] - beta KL(policy || p) is p(y) exp(Q(y) / beta). Put Q in: this is
+softmax(W (h + g / beta)), one step of gradient ascent of size 1 / beta.
+
+Where one token has nearly all probability, grad_log_p is 0 whatever is drawn: the draws say nothing
+about g. There the ridge (Tikhonov's) keeps g small: push nowhere. b learns how much of what was
+earned will stay; b = 1 is potential-based shaping (Ng et al. 1999).
+
+Relatives: LM-Steer (arXiv 2305.12798) and RAD-Q (2407.04615) read out g . W[y], REBEL (2404.16767)
+regresses on log-probabilities, PMD-mean (2602.05933) takes the mean in the place of the soft value,
+whose price Q# (2502.20548) shows. A ridge damps natural gradients (Martens 2020); PRE-Control
+(2510.12121) calls what is missing where draws say nothing excitation.
+
+Limitations: V reads one state and one number, not the text. What h does not hold, V cannot know.
 """
-import importlib.util
-import math
 import os
 import re
+import runpy
 import sys
+import tempfile
+import zipfile
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 
-from model import InputError, load, read_json
+from model import InputError, find_file, load, read_json
+
 
 class ValueNet(nn.Module):
-    """Both heads on one hidden layer. To try another activation or depth, change `body`."""
-    def __init__(self, n_embd, width=64, gradient_head=True):
+    """V and g on one hidden layer. To try another activation or depth, change `body`."""
+
+    def __init__(self, n_embd, width=64, gradient_head=True, reads_so_far=True):
         super().__init__()
+        self.reads_so_far = reads_so_far
         self.body = nn.Sequential(nn.Linear(n_embd, width), nn.Tanh())
-        self.value_head = nn.Linear(width, 1)
-        self.gradient_head = nn.Linear(width, n_embd, bias=False) if gradient_head else None
+        self.value_head = nn.Linear(width, 2 if reads_so_far else 1)        # a and b, or a alone
+        self.gradient_head = None
         if gradient_head:
-            nn.init.zeros_(self.gradient_head.weight)           # starts from no control
-        self.register_buffer("mean", torch.zeros(n_embd))       # of the training states
+            self.gradient_head = nn.Linear(width, n_embd, bias=False)
+            nn.init.zeros_(self.gradient_head.weight)                       # starts from no control
+        self.register_buffer("mean", torch.zeros(n_embd))                   # of the training states
         self.register_buffer("std", torch.ones(n_embd))
 
-    def features(self, hidden):                                 # (..., n_embd) -> (..., width)
+    def features(self, hidden):
+        """hidden (.., n_embd) -> f (.., width)"""
         return self.body((hidden.float() - self.mean) / self.std)
 
-    def forward(self, hidden):
-        """hidden (..., n_embd) -> V (...)"""
-        return self.value_head(self.features(hidden)).squeeze(-1)
+    def forward(self, hidden, so_far=None):
+        """hidden (.., n_embd), so_far (..), if the net reads it -> V (..)"""
+        f = self.features(hidden).to(self.value_head.weight.dtype)
+        heads = self.value_head(f)                                          # (.., 2) or (.., 1)
+        if not self.reads_so_far:
+            return heads[..., 0]
+        a, b = heads.unbind(-1)
+        return a + b * so_far
 
     def gradient(self, hidden):
-        """hidden (..., n_embd) -> g (..., n_embd), the direction in which control pushes hidden"""
+        """hidden (.., n_embd) -> g (.., n_embd); without a gradient head std^2 dV/dh, the paper's"""
         if self.gradient_head is not None:
             return self.gradient_head(self.features(hidden))
         with torch.enable_grad():
             hidden = hidden.detach().float().requires_grad_()
-            return self.std ** 2 * torch.autograd.grad(self(hidden).sum(), hidden)[0]
-
-    def q(self, hidden, score):
-        """hidden, score (..., n_embd) -> Q(h, y) (...), the value of the draw with that score"""
-        f = self.features(hidden)
-        return self.value_head(f).squeeze(-1) + (self.gradient_head(f) * score).sum(-1)
+            slope, = torch.autograd.grad(self(hidden).sum(), hidden)
+        return self.std ** 2 * slope                                        # std dV/dx
 
     def save(self, path, model, info):
-        """Write the net, how it was trained, and what its model computes; or nothing."""
-        part = Path(f"{path}.part")
-        part.parent.mkdir(parents=True, exist_ok=True)
-        shape = (len(self.mean), self.value_head.in_features, self.gradient_head is not None)
-        torch.save({"shape": shape, "weights": self.state_dict(), "info": info,
-                    "signature": signature(model)}, part)
-        os.replace(part, path)
+        """Write the net and what `load` and `check_model` need: whole, or not at all."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        saved = {"version": VERSION, "weights": self.state_dict(), "info": info,
+                 "fingerprint": fingerprint(model)}
+        try:
+            with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+                torch.save(saved, Path(folder, path.name))
+                os.replace(Path(folder, path.name), path)
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"{path}: cannot be written ({error}); make room, or name another")
 
     @classmethod
     def load(cls, path):
         """The net saved at `path`, frozen, with its .info. InputError if it is none."""
         try:
-            saved = torch.load(path, weights_only=True, map_location="cpu")
-            value = cls(*saved["shape"])
-            value.load_state_dict(saved["weights"])
-            value.info, value.signature = saved["info"], saved["signature"]
-        except Exception as error:      # of a foreign file torch.load may raise anything
+            saved = read_net(path)
+            weights = saved["weights"]
+            width, n_embd = weights["body.0.weight"].shape
+            with torch.device("meta"):                                      # shapes, no memory
+                value = cls(n_embd, width, "gradient_head.weight" in weights,
+                            len(weights["value_head.bias"]) == 2)
+            value.load_state_dict(weights, assign=True)
+            if saved["fingerprint"].shape != (8, n_embd):
+                raise ValueError("fingerprint of another size")
+        except InputError:
+            raise
+        except Exception as error:          # of a foreign or damaged file torch may raise anything
             raise InputError(f"{path}: no value net ({type(error).__name__}, {str(error)[:99]!r}); "
                              f"train one with train_value.py, or name another file") from None
+        value.info = saved["info"]
+        value.fingerprint = saved["fingerprint"]
         return value.requires_grad_(False)
 
-    def fit_to(self, model):
+    def check_model(self, model):
         """The net on the model's device. InputError if it was trained on another model's states."""
-        ours, theirs = signature(model), self.signature.to(model.wte.weight.device)
-        close = 1e-3 if theirs.dtype == ours.dtype == torch.float32 else 0.1    # bfloat16: 8 bits
+        ours = fingerprint(model)
+        theirs = self.fingerprint.to(ours)
+        close = 1e-3 if ours.dtype == self.fingerprint.dtype == torch.float32 else 0.1     # bfloat16
         if theirs.shape != ours.shape or (theirs - ours).norm() > close * ours.norm():
             raise InputError(f"the value net was trained on another model, {self.info['model']}; "
                              f"train one for this model with train_value.py")
         return self.to(ours.device)
 
+
 @torch.no_grad()
-def signature(model):
-    """States (8, n_embd) after fixed tokens: models are told apart by what they compute."""
-    return model(torch.arange(1, 9, device=model.wte.weight.device)[None] * 31 % 256)[0]
+def fingerprint(model):
+    """The states (8, n_embd) after fixed tokens: models are told apart by what they compute."""
+    tokens = torch.arange(1, 9, device=model.wte.weight.device) * 31 % 256
+    return model(tokens[None])[0]
+
 
 @torch.no_grad()
 def bellman_targets(values, rewards, mask, lam):
@@ -113,15 +148,20 @@ def bellman_targets(values, rewards, mask, lam):
         lam 1    [[1., 1., 1.]]     Monte Carlo
     """
     targets = torch.zeros_like(values)
-    next_value = next_target = torch.zeros_like(values[:, 0])   # (B,)
+    next_value = torch.zeros_like(values[:, 0])                             # (B,)
+    next_target = torch.zeros_like(values[:, 0])
     for t in reversed(range(values.size(1))):
         target = rewards[:, t] + (1 - lam) * next_value + lam * next_target
-        next_value, next_target = values[:, t] * mask[:, t], target * mask[:, t]
+        next_value = values[:, t] * mask[:, t]
+        next_target = target * mask[:, t]
         targets[:, t] = next_target
     return targets
 
+
 # ----------------------------------------------------------------------------------------- rewards
 # A reward is a callable: N texts, prompt and continuation without special tokens -> N numbers.
+# A text's number must not depend on the other texts of the call.
+
 POSITIVE = frozenset("""amazing beautiful best brilliant charming clever enjoy enjoyed entertaining
 excellent fantastic fascinating fine fun funny good great happy hilarious impressive interesting
 love loved lovely memorable moving nice perfect recommend strong superb warm wonderful""".split())
@@ -129,92 +169,166 @@ NEGATIVE = frozenset("""annoying awful bad badly bland bored boring cheap clumsy
 disappointing dreadful dull fails flat horrible lack lame mediocre mess nothing painful pathetic
 pointless poor predictable ridiculous silly stupid terrible ugly waste weak worse worst""".split())
 
+
 def sentiment(texts):
     """
     (p - n) / (p + n) for the p positive and n negative words of each text, 0 where it has none
     >>> sentiment(["a great cast and a dull plot , a warm ending"])      # 2 positive, 1 negative
     [0.3333333333333333]
     """
-    rows = [re.findall("[a-z]+", text.lower()) for text in texts]
-    counts = [[sum(map(s.__contains__, row)) for s in (POSITIVE, NEGATIVE)] for row in rows]
-    return [(p - n) / max(p + n, 1) for p, n in counts]
+    scores = []
+    for text in texts:
+        words = re.findall("[a-z]+", text.lower())
+        p = sum(word in POSITIVE for word in words)
+        n = sum(word in NEGATIVE for word in words)
+        scores.append((p - n) / max(p + n, 1))
+    return scores
+
 
 class RewardModel:
     """
     A GPT2ForSequenceClassification as a reward, read at a text's last token: its logit, or with
     several labels the log-odds of `label` (by default the last).
     """
+
     def __init__(self, name, label=None, device="cpu", tokenizer=None):
         self.gpt, self.tokenizer = load(name, tokenizer, device)
-        if "score.weight" not in self.gpt.extra:
-            raise InputError(f"{name}: a GPT-2 without score.weight, no classifier; choose another")
-        self.weight = self.gpt.extra["score.weight"]            # (labels, n_embd)
+        n_embd = self.gpt.config.n_embd
+        self.weight = self.gpt.extra.get("score.weight")                    # (labels, n_embd)
         self.bias = self.gpt.extra.get("score.bias", 0)
-        names = read_json(Path(name, "config.json")).get("id2label", {})
-        labels = [str(names.get(str(i), i)) for i in range(len(self.weight))]
+        if self.weight is None or self.weight.shape != (len(self.weight), n_embd):
+            raise InputError(f"{name}: no score.weight of shape (labels, {n_embd}), so it is no "
+                             f"classifier; choose another")
+        labels = self.read_labels(name)
         self.label = label or labels[-1]
-        self.chosen = torch.tensor([each == self.label for each in labels])
         if self.label not in labels:
             raise InputError(f"{name}: no label {label}; choose one of {', '.join(labels)}")
+        self.chosen = labels.index(self.label)
+
+    def read_labels(self, name):
+        names = read_json(find_file(name, "config.json")).get("id2label") or {}
+        if not isinstance(names, dict):
+            raise InputError(f"{name}: id2label in its config.json is no dictionary; correct it")
+        labels = [str(names.get(str(i), i)) for i in range(len(self.weight))]
+        if len(set(labels)) < len(labels):
+            raise InputError(f"{name}: two of its labels have one name, {labels}; rename one")
+        return labels
 
     @torch.no_grad()
     def __call__(self, texts, batch=64):
-        """
-        N texts -> (N,); of a text beyond the context, its end. A text that another one begins with
-        is scored along with it: step rewards cost one pass a text, not one a token.
-        """
-        context, encode = self.gpt.config.n_positions, self.tokenizer.encoding.encode_ordinary
-        rows = [tuple(encode(text)[-context:]) for text in texts]
-        ordered, whole, scores = sorted(set(rows)), {}, {}      # beginnings come before the whole
-        for row, following in zip(ordered[::-1], [(), *ordered[:0:-1]]):        # from the last on
-            whole[row] = whole[following] if following[:len(row)] == row else row
-        distinct = sorted(set(whole.values()), key=len)
-        for part in (distinct[i:i + batch] for i in range(0, len(distinct), batch)):
-            tokens = [torch.tensor(row, device=self.weight.device) for row in part]
-            states = self.gpt(nn.utils.rnn.pad_sequence(tokens, batch_first=True))
-            logits = (states @ self.weight.T + self.bias).double().cpu()        # (B, T, labels)
-            odds = logits[..., self.chosen].squeeze(-1)
-            if len(self.chosen) > 1:
-                odds = odds - logits[..., ~self.chosen].logsumexp(-1)
-            scores |= dict(zip(part, odds))
-        return torch.stack([scores[whole[row]][len(row) - 1] for row in rows])
+        """N texts -> (N,); of a text beyond the context, its end is read."""
+        context = self.gpt.config.n_positions
+        rows = [tuple(self.tokenizer.encoding.encode_ordinary(text)[-context:]) for text in texts]
+        # A text that begins another is scored along with it: one pass a text, not one a token.
+        longest = {}
+        last = ()
+        for row in sorted(set(rows), reverse=True):                         # a beginning comes last
+            if last[:len(row)] != row:
+                last = row
+            longest[row] = last
+        distinct = sorted(set(longest.values()), key=len)
+        scores = {}
+        for i in range(0, len(distinct), batch):
+            part = distinct[i:i + batch]
+            scores |= zip(part, self.score(part))
+        return torch.stack([scores[longest[row]][len(row) - 1] for row in rows])
+
+    def score(self, rows):
+        """B rows of tokens -> (B, T): the score that each row has at each of its tokens"""
+        tokens = [torch.tensor(row, device=self.weight.device) for row in rows]
+        hidden = self.gpt(nn.utils.rnn.pad_sequence(tokens, batch_first=True))
+        logits = (hidden @ self.weight.T + self.bias).double().cpu()        # (B, T, labels)
+        chosen = torch.arange(logits.size(-1)) == self.chosen
+        score = logits[..., self.chosen]
+        if len(chosen) > 1:
+            score = score - logits[..., ~chosen].logsumexp(-1)
+        return score
+
 
 def load_reward(spec, device="cpu", tokenizer=None):
-    """sentiment, FILE.py:FUNCTION, or a classifier, DIRECTORY or DIRECTORY:LABEL -> a reward"""
+    """
+    sentiment, FILE.py:FUNCTION, or a classifier, DIRECTORY or DIRECTORY:LABEL -> a reward.
+    `tokenizer` is the classifier's, where its directory has none. A file's code is run.
+    """
     if spec == "sentiment":
-        return checked(sentiment, spec)
-    name, part = spec.rsplit(":", 1) if ":" in spec else (spec, None)
-    if Path(name).suffix != ".py":
-        return RewardModel(name, part, device, tokenizer)
-    path = Path(name).resolve()
-    alias = f"reward_{path.stem}" if path.stem in sys.modules else path.stem
-    found = importlib.util.spec_from_file_location(alias, path)
-    module = sys.modules[alias] = importlib.util.module_from_spec(found)    # pickle looks there
-    sys.path.append(str(path.parent))                           # modules beside the file
-    try:
-        with torch.enable_grad():                               # undoes what the file switches
-            found.loader.exec_module(module)
-        torch.set_default_dtype(torch.float32)
-        if part not in (names := [key for key, item in vars(module).items() if callable(item)]):
-            raise ValueError(f"no function {part}; {name}:NAME names one of {', '.join(names)}")
-    except (Exception, SystemExit) as error:                    # the user's file may raise anything
-        raise InputError(f"--reward {spec}: {type(error).__name__}: {error}; fix it") from None
-    return checked(getattr(module, part), spec)
+        return checked_reward(sentiment, spec)
+    match = re.fullmatch(r"(.+\.py)(?::(\w+))?", spec)
+    if match:
+        path, name = match.groups()
+        if not Path(path).is_file():
+            raise InputError(f"--reward {spec}: no file {path}; name one, as FILE.py:FUNCTION")
+        sys.path.append(str(Path(path).resolve().parent))                   # modules beside it
+        found = runpy.run_path(path)
+        if not callable(found.get(name)):
+            raise InputError(f"--reward {spec}: no function {name} in {path}; name one it has, as "
+                             f"FILE.py:FUNCTION")
+        return checked_reward(found[name], spec)
+    label = None
+    if not Path(spec).is_dir() and re.search(r":[^/\\]+$", spec):           # but C:\models is a path
+        spec, label = spec.rsplit(":", 1)
+    return RewardModel(spec, label, device, tokenizer)
 
-def checked(reward, name):
-    """The reward, held to its contract; each distinct text is scored once"""
+
+def checked_reward(reward, name):
+    """The reward, held to its contract: N texts -> (N,) float64. Each distinct text is scored once."""
     def scores(texts):
-        distinct = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        distinct = list(dict.fromkeys(texts))
+        with torch.enable_grad():                           # undoes what the user's function switches
+            result = reward(list(distinct))                 # a copy: it may sort it
+        torch.set_default_dtype(torch.float32)
         try:
-            with torch.enable_grad():                           # undoes what the function switches
-                result = reward(list(distinct))                 # a copy: it may sort it
-            torch.set_default_dtype(torch.float32)
-            result = torch.as_tensor(result).detach().double().cpu().flatten()
-            if len(result) != len(distinct) or not result.isfinite().all():
-                raise ValueError(f"{len(result)} numbers, {int(result.isfinite().sum())} of them "
-                                 f"finite, for {len(distinct)} texts")
-        except (Exception, SystemExit) as error:                # the function may raise anything
-            raise InputError(f"--reward {name}: {type(error).__name__}: {error}; it takes a list "
-                             f"of texts and returns a finite number for each") from None
-        return result[[distinct[text] for text in texts]]
+            result = torch.as_tensor(result, dtype=torch.float64).detach().cpu().flatten()
+        except (TypeError, ValueError, RuntimeError):       # None, words, rows of unequal length
+            result = torch.tensor([])
+        finite = int(result.isfinite().sum())
+        if not len(result) == len(distinct) == finite:
+            raise InputError(f"--reward {name}: {len(result)} numbers, {finite} of them finite, for "
+                             f"{len(distinct)} texts; return a finite number for each text")
+        place = {text: i for i, text in enumerate(distinct)}
+        return result[[place[text] for text in texts]]
     return scores
+
+
+def rewards_so_far(reward, rows, width):
+    """
+    N lists of a text's beginnings, the finished text last -> (N, width) float64, the reward of
+    each. From a text's end on the finished text's reward is repeated.
+    """
+    scores = reward([text for row in rows for text in row])
+    table = torch.zeros(len(rows), width, dtype=torch.float64)
+    for i, of_row in enumerate(scores.split([len(row) for row in rows])):
+        table[i] = of_row[-1]
+        table[i, :len(of_row)] = of_row
+    return table
+
+
+# ----------------------------------------------------------- opening a net: a reader may stop here
+
+VERSION = 2
+# A net's info: what train_value.py was asked for, and the control that it found.
+INFO = {"model": str, "reward": str, "method": str, "dtype": str, "tokens": int, "seed": int,
+        "rollouts": int, "step_size": float, "radius": float, "nats": float}
+
+
+def read_net(path):
+    """What ValueNet.save wrote. It may come from anyone: no code is run, every entry is checked."""
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+        if damaged:
+            raise ValueError(f"{damaged} is damaged")
+    with open(path, "rb") as file:          # torch.load takes a name's ending for a format
+        saved = torch.load(file, weights_only=True, map_location="cpu")
+    if "signature" in saved:
+        raise InputError(f"{path}: made by an older version; train it again with train_value.py")
+    tensors = {**saved["weights"], "fingerprint": saved["fingerprint"]}
+    for name, tensor in tensors.items():
+        # A view may claim more numbers than the file holds; a contiguous tensor cannot.
+        if not tensor.is_contiguous() or not tensor.isfinite().all():
+            raise ValueError(f"{name} is not a plain tensor of finite numbers")
+    for key, kind in INFO.items():
+        if not isinstance(saved["info"][key], kind):
+            raise ValueError(f"{key} is {saved['info'][key]!r}")
+    for key, item in saved["info"].items():
+        if isinstance(item, str) and not item.isprintable():
+            raise ValueError(f"{key} has control characters")
+    return saved
