@@ -204,15 +204,32 @@ class Chain:
     def frontier(self, state, left, beta):
         """The KL-optimal controller's (KL in nats a text, expected reward) at this beta."""
         Z = self._expect(lambda s: math.exp(mood(s) / beta))
+        return self.controlled(state, left, Z)
 
+    def mean_value_frontier(self, state, left, beta):
+        """The same of the controller p(s'|s) exp(V(s') / beta), normalised step by step.
+
+        V = E[R] is not log E[exp(R / beta)]: this is the optimum where one step decides, and less
+        than that over several. It is the most that a controller can have from the mean value."""
+        return self.controlled(state, left, lambda s, left: math.exp(self.value(s, left) / beta))
+
+    def controlled(self, state, left, weight):
+        """(KL in nats a text, expected reward) of the controller q(s'|s) ~ p(s'|s) weight(s', left)"""
         @lru_cache(maxsize=None)
-        def reward(state, left):
+        def outcome(state, left):
             options = self.transitions(state) if left else {}
-            return sum(q * Z(s, left - 1) / Z(state, left) * reward(s, left - 1)
-                       for s, q in options.items()) if options else mood(state)
-
-        best = reward(state, left)
-        return best / beta - math.log(Z(state, left)), best
+            if not options:
+                return 0.0, mood(state)
+            weights = {s: p * weight(s, left - 1) for s, p in options.items()}
+            total = sum(weights.values())
+            kl, reward = 0.0, 0.0
+            for s, p in options.items():
+                q = weights[s] / total
+                later_kl, later_reward = outcome(s, left - 1)
+                kl += q * (math.log(q / p) + later_kl)
+                reward += q * later_reward
+            return kl, reward
+        return outcome(state, left)
 
     def _expect(self, outcome):
         """(state, left) -> E[outcome] at the text's end, under the uncontrolled transitions."""
