@@ -164,7 +164,7 @@ def test_colour_is_for_terminals_or_on_request(net, capsys, monkeypatch):
 def test_the_trace_shows_v_and_kl_of_the_text(net):
     model, tokenizer = load(TOY)
     value = ValueNet.load(net)
-    prompt, u = [286, 284], sample.uniform_table(1, 20, 3)
+    prompt, u = tokenizer.encode("<|endoftext|>the"), sample.uniform_table(1, 20, 3)
 
     def push(hidden):
         return sample.ascend(value, hidden, 1, 2.0)

@@ -1,9 +1,9 @@
 """
 Train a tiny GPT on one of the languages of grammar.py and write its checkpoint.
 
-    python -m tests.toy.train                     # six minutes on one CPU core; beside this file
-    python -m tests.toy.train --language twist    # the second language, in twist/
-    python -m tests.toy.train --language late     # the third, in late/
+    python -m tests.toy.train                                 # six minutes on one core, beside this file
+    python -m tests.toy.train --language twist                # the second language, in twist/
+    python -m tests.toy.train --language late --steps 4000    # the third, in late/
 
 The checkpoint has the public GPT-2 layout (config.json, model.safetensors, vocab.json, merges.txt),
 so that the tiny model runs through the same code as the real ones. Ends by printing the cross-entropy
