@@ -27,7 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model import Cache, InputError
+from model import Cache, InputError, read_prompts
 
 def ascend(value, hidden, steps=1, step_size=1.0, radius=10.0):
     """
@@ -126,7 +126,7 @@ class Sampler:
         W, n_embd = model.wte.weight, model.config.n_embd
         self.model, self.steer, self.record = model, steer, record
         self.cache = Cache(model, batch, size)
-        self.ends = torch.tensor(model.config.ends, dtype=torch.long, device=W.device)
+        self.ends = torch.tensor(model.config.eos_ids, dtype=torch.long, device=W.device)
         self.hidden = torch.zeros(batch, n_embd, dtype=W.dtype, device=W.device)
         self.alive = torch.ones(batch, dtype=torch.bool, device=W.device)
         self.uniforms = torch.zeros(batch, n_tokens, device=W.device)
@@ -245,25 +245,3 @@ def step_for_kl(model, control, rollout, nats, states=512):
             step = (low + min(high, 4 * low + 1e-6)) / 2
     raise InputError(f"no step of control costs {nats:g} nats a text: V is flat; choose a reward "
                      f"that varies more, or more rollouts")
-
-def read_prompts(model, tokenizer, name, texts=(), path=None):
-    """
-    Texts and the lines of a text file -> [[bos, token, ..], ..], bos if the model `name` has one.
-    Without either: the lines of name/prompts.txt, or the empty text.
-    """
-    own, texts = Path(name, "prompts.txt"), list(texts)
-    if path is None and not texts:
-        path, texts = (own, []) if own.is_file() else (None, [""])
-    if path is not None:
-        try:
-            lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: cannot be read ({error}); name a text file") from None
-        if Path(path).suffix in (".csv", ".tsv", ".json", ".jsonl"):
-            raise InputError(f"{path}: no plain text; write one prompt a line into a .txt file")
-        texts = texts + [line for line in lines if line.strip()]
-    bos = [] if model.config.bos is None else [model.config.bos]
-    prompts = [bos + tokenizer.encode(text) for text in texts]
-    if not all(prompts) or not prompts:
-        raise InputError(f"{path or 'a prompt'} is empty; write at least one word")
-    return prompts

@@ -17,7 +17,7 @@ from value import ValueNet
 
 def random_model(ends=(3, 5), n_vocab=60):
     torch.manual_seed(0)
-    model = GPT(Config(n_vocab, 200, 32, 2, 4, 64, bos=0, ends=list(ends)))
+    model = GPT(Config(n_vocab, 200, 32, 2, 4, 64, bos_id=0, eos_ids=list(ends)))
     for weight in model.parameters():
         if weight.dim() > 1:
             torch.nn.init.normal_(weight, std=0.3)

@@ -92,7 +92,7 @@ def test_parity_with_transformers(tmp_path, activation, dtype):
         out = theirs(tokens, output_hidden_states=True)
     torch.testing.assert_close(ours(tokens), out.hidden_states[-1], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(ours.unembed(ours(tokens)), out.logits, atol=1e-4, rtol=1e-4)
-    assert ours.config.bos is None                              # 50256 is no token of 300
+    assert ours.config.bos_id is None                              # 50256 is no token of 300
 
 
 def test_cache_in_any_pieces_is_one_pass():
@@ -151,7 +151,7 @@ def test_any_listed_end_ends_a_text(tmp_path, config, generation, ends):
     folder = checkpoint(tmp_path / "x", **config)
     if generation:
         (folder / "generation_config.json").write_text(json.dumps(generation))
-    assert set(GPT.from_pretrained(folder).config.ends) == ends
+    assert set(GPT.from_pretrained(folder).config.eos_ids) == ends
 
 
 # --------------------------------------------------------------------------------------- tokenizers

@@ -133,7 +133,7 @@ def save_config(config, folder):
     raw = {"model_type": "gpt2", "activation_function": "gelu_new", "vocab_size": config.n_vocab,
            "n_positions": config.n_positions, "n_embd": config.n_embd, "n_layer": config.n_layer,
            "n_head": config.n_head, "layer_norm_epsilon": config.eps,
-           "bos_token_id": config.bos, "eos_token_id": config.ends[0]}
+           "bos_token_id": config.bos_id, "eos_token_id": config.eos_ids[0]}
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
 
 
@@ -163,7 +163,7 @@ def main():
     vocabulary = save_vocabulary(start, folder)
     end = vocabulary[grammar.END]
     config = Config(n_vocab=len(vocabulary), n_positions=CONTEXT, n_embd=64, n_layer=2, n_head=4,
-                    n_inner=256, bos=end, ends=[end])
+                    n_inner=256, bos_id=end, eos_ids=[end])
     save_config(config, folder)
     model = GPT(config)
     for name, weight in model.named_parameters():
