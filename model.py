@@ -214,11 +214,11 @@ def read_config(name):
                     eps=raw.get("layer_norm_epsilon", 1e-5), bos_id=raw.get("bos_token_id"),
                     gelu="none" if raw.get("activation_function") == "gelu" else "tanh",
                     eos_ids=list(eos_ids - {None}))
-    sizes = [size for key, size in vars(config).items() if key.startswith("n_")]
-    if not all(type(size) is int and size > 0 for size in sizes) or not 0 <= config.eps < 1:
-        raise InputError(f"{path}: no size, or no number above 0, in {config}; choose another")
-    if config.n_embd % config.n_head:
-        raise InputError(f"{path}: n_head does not divide n_embd; choose another")
+    for key, size in vars(config).items():
+        if key.startswith("n_") and (type(size) is not int or size < 1):
+            raise InputError(f"{path}: {key} is {size!r}, no whole number above 0; choose another")
+    if config.n_embd % config.n_head or not 0 <= config.eps < 1:
+        raise InputError(f"{path}: n_head does not divide n_embd, or eps is {config.eps!r}")
     return config
 
 def read_safetensors(path):
@@ -285,44 +285,52 @@ ADDED = {"lstrip": (False,), "rstrip": (False,), "single_word": (False,)}
 class Tokenizer:
     """Text <-> tokens. Special tokens are read in prompts, and are no part of a text."""
     def __init__(self, encoding, added, special):
-        self.encoding, self.n_vocab = encoding, encoding.n_vocab
-        self.special = set(special)                                     # tokens
-        self.added = {name: [token] for name, token in added.items() if name}
-        names = sorted(self.added, key=len, reverse=True)               # the longest is found first
+        self.encoding = encoding
+        self.n_vocab = encoding.n_vocab
+        self.added = added                              # {name: token}
+        self.special = set(special)                     # tokens
+        names = sorted(filter(None, added), key=len, reverse=True)      # the longest is found first
         self.names = re.compile(f"({'|'.join(map(re.escape, names)) or '(?!)'})")
 
     def encode(self, text):
         tokens = []
-        for part in self.names.split(text):
-            tokens += self.added.get(part) or self.encoding.encode_ordinary(part)
+        for i, part in enumerate(self.names.split(text)):               # text, name, text, ..
+            tokens += [self.added[part]] if i % 2 else self.encoding.encode_ordinary(part)
         return tokens
 
     def decode(self, tokens):
         return self.encoding.decode([token for token in tokens if token not in self.special])
+
+def read_old_files(folder, settings):
+    """vocab.json, merges.txt and added_tokens.json -> what a tokenizer.json would say"""
+    vocab = read_json(folder / "vocab.json")
+    lines = (folder / "merges.txt").read_text(encoding="utf-8-sig").split("\n")
+    merges = [line for line in lines if line and not line.startswith("#version")]
+    made = {merge.replace(" ", "") for merge in merges}
+    for token in vocab.keys() - made:
+        halves = [(token[:i], token[i:]) for i in range(1, len(token))]
+        if any(left in vocab and right in vocab for left, right in halves):
+            raise InputError(f"{folder}: merges.txt is cut off at {token!r}; fetch it again")
+    entries = []
+    for name, token in read_json(folder / "added_tokens.json").items():
+        entries.append({"content": name, "id": token})
+    return {"pre_tokenizer": {"type": "ByteLevel"} | settings,          # add_prefix_space is there
+            "model": {"type": "BPE", "vocab": vocab, "merges": merges}, "added_tokens": entries}
 
 def read_vocabulary(folder):
     """
     What the files say -> {spelling: token}, [[left, right], ..], {added name: token}, names of
     special tokens; None where there are no files. Another kind of tokenizer is refused.
     """
-    where = f"{folder}: its tokenizer is not GPT-2's kind"
     settings = read_json(folder / "tokenizer_config.json")
     raw = read_json(folder / "tokenizer.json")
     if not raw and os.path.isfile(folder / "vocab.json"):
-        vocab, added = read_json(folder / "vocab.json"), read_json(folder / "added_tokens.json")
-        lines = (folder / "merges.txt").read_text(encoding="utf-8-sig").split("\n")
-        merges = [line for line in lines if line and not line.startswith("#version")]
-        for token in vocab.keys() - added.keys() - {merge.replace(" ", "") for merge in merges}:
-            if any(token[:i] in vocab and token[i:] in vocab for i in range(1, len(token))):
-                raise InputError(f"{folder}: merges.txt is cut off at {token!r}; fetch it again")
-        raw = {"model": {"type": "BPE", "vocab": vocab, "merges": merges},
-               "pre_tokenizer": {"type": "ByteLevel"} | settings,       # add_prefix_space
-               "added_tokens": [{"content": name, "id": added[name]} for name in added]}
+        raw = read_old_files(folder, settings)
     if not raw:
         return None
+    where = f"{folder}: its tokenizer is not GPT-2's kind"
     for part, known in TOKENIZER.items():
         check_known(raw.get(part) or {"type": None}, known, f"{where}, {part}")
-    vocab = raw["model"]["vocab"]
     added = {}
     special = {"<|endoftext|>"}                                         # GPT-2's own
     for entry in raw["added_tokens"]:
@@ -335,27 +343,35 @@ def read_vocabulary(folder):
         if key.endswith(("_token", "special_tokens")):
             for item in value if isinstance(value, list) else [value]:
                 special.add(item.get("content") if isinstance(item, dict) else item)
+    vocab = raw["model"]["vocab"]
+    merges = raw["model"]["merges"]                                     # "a b", or ["a", "b"]
+    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
     added |= {name: vocab[name] for name in special if name in vocab}
-    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in raw["model"]["merges"]]
     return vocab | added, merges, added, special & added.keys()
+
+def to_bytes(spelling):
+    return bytes(map(BYTES.get, spelling))
 
 def make_tokenizer(folder, vocab, merges, added, special):
     """For tiktoken: {bytes: token}, in which smaller tokens are merged earlier, and other names"""
     where = f"{folder}: its tokenizer is not GPT-2's kind"
     if not vocab.keys() >= BYTES.keys():
         raise InputError(f"{where}: some bytes are no token; train it with all in its alphabet")
-    spelled = lambda token: bytes(BYTES[character] for character in token)
-    ranks = {spelled(character): vocab[character] for character in BYTES}
+    ranks = {to_bytes(character): vocab[character] for character in BYTES}
     newest = -1
     for left, right in merges:
         token = vocab.get(left + right, -1)
-        if token <= newest or spelled(left) not in ranks or spelled(right) not in ranks:
+        if token <= newest or to_bytes(left) not in ranks or to_bytes(right) not in ranks:
             raise InputError(f"{where}: {left!r} and {right!r} are merged out of order")
-        ranks[spelled(left + right)] = newest = token
+        newest = token
+        ranks[to_bytes(left + right)] = token
     merged = set(ranks.values())
-    others = [token for token in vocab if vocab[token] not in merged]
-    names = {token if token in added else spelled(token).decode(): vocab[token] for token in others}
-    if sorted([*ranks.values(), *names.values()]) != list(range(len(vocab))):
+    names = {}
+    for spelling, token in vocab.items():
+        if token not in merged:                         # no merge makes it
+            text = spelling if spelling in added else to_bytes(spelling).decode()
+            names[text] = token
+    if sorted([*merged, *names.values()]) != list(range(len(vocab))):
         raise InputError(f"{where}: its {len(vocab)} tokens are not numbered 0, 1, 2, ..")
     encoding = tiktoken.Encoding(str(folder), pat_str=PIECES, mergeable_ranks=ranks,
                                  special_tokens=names)
@@ -364,23 +380,31 @@ def make_tokenizer(folder, vocab, merges, added, special):
 def load_tokenizer(name, default=None):
     """The model's own vocabulary, never guessed: for a model without one, `default`'s."""
     for folder in folders(name):
-        if found := read_vocabulary(folder):
-            return make_tokenizer(folder, *found)
+        vocabulary = read_vocabulary(folder)
+        if vocabulary:
+            return make_tokenizer(folder, *vocabulary)
     if name in PUBLIC and not os.path.isdir(name):
         return Tokenizer(tiktoken.get_encoding("gpt2"), {"<|endoftext|>": END}, {END})
     if default:
         return load_tokenizer(default)
-    raise InputError(f"{name}: no tokenizer.json, no vocab.json; --tokenizer gpt2 says it has GPT-2's")
+    raise InputError(f"{name}: no tokenizer.json or vocab.json; say --tokenizer gpt2 if it has GPT-2's")
 
 def settle_ends(config, tokenizer):
-    """bos and eos: null means GPT-2's in GPT-2's vocabulary; in another its 50256 may be a word."""
-    own = [END] if tokenizer.encode("<|endoftext|>") == [END] else []
-    bos = own if config.bos_id is None else [config.bos_id]
+    """
+    Only tokens of the vocabulary are bos or eos. Where config.json names none, GPT-2's vocabulary
+    has its own; where it has 50256 by default, that may be a word of another vocabulary.
+    """
+    gpt2 = tokenizer.encode("<|endoftext|>") == [END]
+    if gpt2 and config.bos_id is None:
+        config.bos_id = END
+    if gpt2 and not config.eos_ids:
+        config.eos_ids = [END]
     known = set(range(tokenizer.n_vocab))
     if not tokenizer.encoding.is_special_token(END):
         known.discard(END)
-    config.bos_id = next((token for token in bos if token in known), None)
-    config.eos_ids = [token for token in config.eos_ids or own if token in known]
+    if config.bos_id not in known:
+        config.bos_id = None
+    config.eos_ids = sorted(known.intersection(config.eos_ids))
     tokenizer.special |= known & {config.bos_id, *config.eos_ids}
 
 def load(name, tokenizer=None, device="cpu", dtype=torch.float32):
@@ -394,11 +418,11 @@ def load(name, tokenizer=None, device="cpu", dtype=torch.float32):
     except Exception as error:          # damaged files may raise anything; tiktoken fetches, too
         raise InputError(f"{name}: no plain, whole GPT-2 ({type(error).__name__}: "
                          f"{str(error)[:400]}); fetch it again, or choose another") from None
-    n, rows = tokenizer.n_vocab, model.config.n_vocab
-    if n > rows:
+    n = tokenizer.n_vocab
+    if n > model.config.n_vocab:
         last = tokenizer.encoding.decode([n - 1])
-        raise InputError(f"{name}: {n} names for {rows} tokens, {last!r} has no row in W; "
-                         "choose the model's own tokenizer, or take the name out of its files")
+        raise InputError(f"{name}: {n} names for {model.config.n_vocab} tokens, {last!r} has no row "
+                         "in W; choose the model's own tokenizer, or take the name out of its files")
     W = model.wte.weight[:n].clone()
     model.wte.weight = nn.Parameter(W, requires_grad=False)
     model.config.n_vocab = n
