@@ -306,14 +306,11 @@ def read_old_files(folder, settings):
     vocab = read_json(folder / "vocab.json")
     lines = (folder / "merges.txt").read_text(encoding="utf-8-sig").split("\n")
     merges = [line for line in lines if line and not line.startswith("#version")]
-    made = {merge.replace(" ", "") for merge in merges}
-    for token in vocab.keys() - made:
-        halves = [(token[:i], token[i:]) for i in range(1, len(token))]
-        if any(left in vocab and right in vocab for left, right in halves):
+    for token in vocab.keys() - {merge.replace(" ", "") for merge in merges}:
+        if any(token[:i] in vocab and token[i:] in vocab for i in range(1, len(token))):
             raise InputError(f"{folder}: merges.txt is cut off at {token!r}; fetch it again")
-    entries = []
-    for name, token in read_json(folder / "added_tokens.json").items():
-        entries.append({"content": name, "id": token})
+    added = read_json(folder / "added_tokens.json")
+    entries = [{"content": name, "id": added[name]} for name in added]
     return {"pre_tokenizer": {"type": "ByteLevel"} | settings,          # add_prefix_space is there
             "model": {"type": "BPE", "vocab": vocab, "merges": merges}, "added_tokens": entries}
 
@@ -349,29 +346,24 @@ def read_vocabulary(folder):
     added |= {name: vocab[name] for name in special if name in vocab}
     return vocab | added, merges, added, special & added.keys()
 
-def to_bytes(spelling):
-    return bytes(map(BYTES.get, spelling))
-
 def make_tokenizer(folder, vocab, merges, added, special):
     """For tiktoken: {bytes: token}, in which smaller tokens are merged earlier, and other names"""
     where = f"{folder}: its tokenizer is not GPT-2's kind"
     if not vocab.keys() >= BYTES.keys():
         raise InputError(f"{where}: some bytes are no token; train it with all in its alphabet")
-    ranks = {to_bytes(character): vocab[character] for character in BYTES}
+    made = {character: vocab[character] for character in BYTES}
     newest = -1
     for left, right in merges:
         token = vocab.get(left + right, -1)
-        if token <= newest or to_bytes(left) not in ranks or to_bytes(right) not in ranks:
+        if token <= newest or left not in made or right not in made:
             raise InputError(f"{where}: {left!r} and {right!r} are merged out of order")
-        newest = token
-        ranks[to_bytes(left + right)] = token
-    merged = set(ranks.values())
-    names = {}
-    for spelling, token in vocab.items():
-        if token not in merged:                         # no merge makes it
-            text = spelling if spelling in added else to_bytes(spelling).decode()
-            names[text] = token
-    if sorted([*merged, *names.values()]) != list(range(len(vocab))):
+        made[left + right] = newest = token
+    ranks = {bytes(map(BYTES.get, spelling)): token for spelling, token in made.items()}
+    names = {}                                              # of what no merge makes
+    for spelling in vocab.keys() - made.keys():
+        text = spelling if spelling in added else bytes(map(BYTES.get, spelling)).decode()
+        names[text] = vocab[spelling]
+    if sorted([*ranks.values(), *names.values()]) != list(range(len(vocab))):
         raise InputError(f"{where}: its {len(vocab)} tokens are not numbered 0, 1, 2, ..")
     encoding = tiktoken.Encoding(str(folder), pat_str=PIECES, mergeable_ranks=ranks,
                                  special_tokens=names)
@@ -387,24 +379,20 @@ def load_tokenizer(name, default=None):
         return Tokenizer(tiktoken.get_encoding("gpt2"), {"<|endoftext|>": END}, {END})
     if default:
         return load_tokenizer(default)
-    raise InputError(f"{name}: no tokenizer.json or vocab.json; say --tokenizer gpt2 if it has GPT-2's")
+    raise InputError(f"{name}: no tokenizer.json, no vocab.json; --tokenizer gpt2 means GPT-2's")
 
 def settle_ends(config, tokenizer):
     """
-    Only tokens of the vocabulary are bos or eos. Where config.json names none, GPT-2's vocabulary
-    has its own; where it has 50256 by default, that may be a word of another vocabulary.
+    Only tokens of the vocabulary are bos or eos. If config.json names none, GPT-2's vocabulary has
+    its own; if it has 50256, GPT-2's, that may be a word of another vocabulary.
     """
-    gpt2 = tokenizer.encode("<|endoftext|>") == [END]
-    if gpt2 and config.bos_id is None:
-        config.bos_id = END
-    if gpt2 and not config.eos_ids:
-        config.eos_ids = [END]
+    own = [END] if tokenizer.encode("<|endoftext|>") == [END] else []
     known = set(range(tokenizer.n_vocab))
     if not tokenizer.encoding.is_special_token(END):
         known.discard(END)
-    if config.bos_id not in known:
-        config.bos_id = None
-    config.eos_ids = sorted(known.intersection(config.eos_ids))
+    bos = own if config.bos_id is None else [config.bos_id]
+    config.bos_id = bos[0] if bos and bos[0] in known else None
+    config.eos_ids = sorted(known.intersection(config.eos_ids or own))
     tokenizer.special |= known & {config.bos_id, *config.eos_ids}
 
 def load(name, tokenizer=None, device="cpu", dtype=torch.float32):
@@ -419,14 +407,14 @@ def load(name, tokenizer=None, device="cpu", dtype=torch.float32):
         raise InputError(f"{name}: no plain, whole GPT-2 ({type(error).__name__}: "
                          f"{str(error)[:400]}); fetch it again, or choose another") from None
     n = tokenizer.n_vocab
-    if n > model.config.n_vocab:
+    W = model.wte.weight
+    if n > len(W):
         last = tokenizer.encoding.decode([n - 1])
-        raise InputError(f"{name}: {n} names for {model.config.n_vocab} tokens, {last!r} has no row "
-                         "in W; choose the model's own tokenizer, or take the name out of its files")
-    W = model.wte.weight[:n].clone()
-    model.wte.weight = nn.Parameter(W, requires_grad=False)
+        raise InputError(f"{name}: {n} names for {len(W)} tokens, and no row in W for {last!r}; "
+                         "choose the model's own tokenizer, or remove the name from its files")
+    model.wte.weight = nn.Parameter(W[:n].clone(), requires_grad=False)
     model.config.n_vocab = n
-    if W.numel() < 1e6:
+    if model.wte.weight.numel() < 1e6:
         torch.set_num_threads(1)        # a tiny model on a busy machine: seconds, not minutes
     return model, tokenizer
 
@@ -435,22 +423,22 @@ def read_prompts(model, tokenizer, name, texts=(), path=None):
     Texts and the lines of a text file -> [[bos, token, ..], ..], bos if the model `name` has one.
     Without either: the lines of name/prompts.txt, or the empty text.
     """
+    texts = list(texts)
     own = Path(name, "prompts.txt")
-    if path is None and not texts and own.is_file():
-        path = own
-    if path is None:
-        texts = list(texts) or [""]
-    elif Path(path).suffix in (".csv", ".tsv", ".json", ".jsonl"):
-        raise InputError(f"{path}: no plain text; write one prompt a line into a .txt file")
-    else:
+    if path is None and not texts:
+        path = own if own.is_file() else None
+        texts = [] if path else [""]
+    if path is not None:
+        if Path(path).suffix in (".csv", ".tsv", ".json", ".jsonl"):
+            raise InputError(f"{path}: no plain text; write one prompt a line into a .txt file")
         try:
             lines = Path(path).read_bytes().decode("utf-8-sig").replace("\r\n", "\n").split("\n")
         except (OSError, ValueError) as error:
             raise InputError(f"{path}: cannot be read ({error}); name a text file") from None
-        texts = [*texts, *filter(str.strip, lines)]
-    context = model.config.n_positions
-    if max(map(len, texts), default=0) > 128 * context:     # 128 characters: GPT-2's longest token
-        raise InputError(f"{path or 'a prompt'} has more than {context} tokens; shorten it")
+        texts += filter(str.strip, lines)
+    longest = 128 * model.config.n_positions        # GPT-2's longest token has 128 characters
+    if max(map(len, texts), default=0) > longest:
+        raise InputError(f"{path or 'a prompt'} has more than {longest} characters; shorten it")
     bos = [] if model.config.bos_id is None else [model.config.bos_id]
     prompts = [bos + tokenizer.encode(text) for text in texts]
     if not prompts or [] in prompts:
