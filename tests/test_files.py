@@ -11,8 +11,8 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, SHARED
-from test_model import CONFIG, TOY, checkpoint, tiny_weights
+from tests.conftest import ROOT, SHARED
+from tests.test_model import CONFIG, TOY, checkpoint, tiny_weights
 
 from model import (BYTES, GPT, InputError, in_turn, load, load_tokenizer, read_prompts, read_safetensors,
                    show_progress)

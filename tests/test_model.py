@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SHARED, write_safetensors
+from tests.conftest import ROOT, SHARED, write_safetensors
 
 from model import GPT, TRANSPOSED, Cache, Config, load, read_safetensors
 

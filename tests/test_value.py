@@ -6,8 +6,9 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT, SHARED, write_safetensors
-from test_model import VOCAB, random_model, tiny_weights, vocabulary_files
+from tests.conftest import ROOT, SHARED, write_safetensors
+from tests.test_files import VOCAB, random_model, vocabulary_files
+from tests.test_model import tiny_weights
 
 import train_value
 from model import InputError, load
