@@ -133,19 +133,21 @@ def controlled_log_probs(model, hidden, controller=None, temperature=1.0, top_p=
     top_p cuts p to its nucleus before control. max_kl is the most that control may cost, in nats.
     """
     if controller is None:
-        u = torch.zeros_like(hidden)
+        logits, delta = model.unembed(hidden), None
     else:
+        # W h and W u apart: in bfloat16 h + u would round a small u away. One reading of W.
         u = controller(hidden).to(hidden.dtype)
-    # W h and W u apart, since in bfloat16 h + u would round a small u away; in one reading of W.
-    both = model.unembed(torch.stack([hidden, u]))                              # (2, B, n_vocab)
-    if temperature != 1:
-        both = both / temperature
-    logits, delta = both
+        logits, delta = model.unembed(torch.stack([hidden, u]))                 # each (B, n_vocab)
+        delta = delta / temperature
+    logits = logits / temperature
     if top_p < 1:
         logits = nucleus(logits, top_p)
+    log_p = logits.log_softmax(-1)
+    if controller is None:
+        return log_p, log_p
     if max_kl < math.inf:
         delta = delta * kl_ball(logits, delta, max_kl)[:, None]
-    return logits.log_softmax(-1), (logits + delta).log_softmax(-1)
+    return log_p, (logits + delta).log_softmax(-1)
 
 
 # --------------------------------------------------------------------------------- the closed loop
