@@ -240,7 +240,7 @@ class Sampler:
         """h_t -> u_t -> y_t, and the text with y_t -> h_{t+1}, for every row"""
         W, out, t = self.model.wte.weight, self.out, self.t
         log_p, log_q = self.log_probs(self.hidden)                              # (B, n_vocab)
-        probs = log_q.softmax(-1)                           # = log_q.exp(), to the float
+        probs = log_q.exp()
         token = draw(probs, self.uniforms.index_select(1, t))                   # (B,)
         out.tokens.index_copy_(1, t, token[:, None])
         out.mask.index_copy_(1, t, self.alive[:, None])
