@@ -190,7 +190,7 @@ def parse_args(argv):
     parser.add_argument("--samples", type=int, default=1000, help="texts a row")
     parser.add_argument("--tokens", type=int, help="drawn a text, at most; None: the net's")
     parser.add_argument("--seed", type=int, default=1002, help="of the draws")
-    parser.add_argument("--show", type=int, default=2, help="texts shown")
+    parser.add_argument("--show", type=int, default=1, help="texts shown")
     parser.add_argument("--model", help="gpt2, gpt2-medium, .. or a directory; None: the net's")
     parser.add_argument("--reward", help="as in train_value.py; None: the net's, unless it is code")
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
