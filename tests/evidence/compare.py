@@ -384,6 +384,14 @@ def constants():
     return {name: getattr(train_value, name) for name in names}
 
 
+def check_same(path, line, settings):
+    """A file's line was made with the settings of this run, or it is the end"""
+    ours = settings | {"constants": constants()}
+    for key in ours.keys() & line.keys():
+        if line[key] != ours[key]:
+            sys.exit(f"{path} was made with {key} {line[key]}, not {ours[key]}; name another --json")
+
+
 def complete(args, methods):
     """Add what the file lacks: a line a (method, seed)"""
     settings = {key: vars(args)[key] for key in ("task", "reward", "judge", "samples", "rollouts")}
@@ -397,9 +405,8 @@ def complete(args, methods):
         missing = [name for name in methods if (name, seed) not in done]
         if not missing:
             continue
-        for line in [free or settings, *lines]:
-            if line.get("constants", constants()) != constants() or settings.items() - line.items():
-                sys.exit(f"{args.json} was made with other settings: {line}; name another --json")
+        for line in [free or {}, *lines]:
+            check_same(args.json, line, settings)
         task = task or Task(args)
         task.report_on(seed)
         if not free:
