@@ -5,10 +5,16 @@ What control by a value function has to beat.
     look-ahead  p_u(y) ~ p(y) exp(size (V(h') - V(h))), h' the state after y, which the model is run
                 to find, for the likeliest candidates y (value-guided decoding, as in FUDGE, Yang and
                 Klein 2021, and in controlled decoding, Mudgal et al. 2024)
+    LM-Steer    u = size A h, A by likelihood of the best quarter of the texts (Han et al. 2024, arXiv
+                2305.12798): the nearest published relative of a push on the last hidden state
+    RAD-Q       u = size B h: Q(h, y) = a . h + (B h) . W[y] by squared error to the text's reward, a
+                weight that grows along the text (Deng and Raffel 2023, arXiv 2310.09520, with the
+                low-rank head of Troshin et al. 2024, arXiv 2407.04615, as we read them)
     best of n   draw n texts, keep the one with the highest reward
     literal     the paper's net and optimizer to the letter, but four passes over the rollouts
 
-`static` returns controller_at(hidden, size) -> u, as control.step_for_kl takes it. finetune.py is DPO.
+static, lm_steer and rad_q return controller_at(hidden, size) -> u, as control.step_for_kl takes it.
+finetune.py is DPO.
 """
 import math
 
@@ -34,6 +40,50 @@ def static(rollout, outcome, ridge=3.0):
     gram.diagonal().add_(ridge * gram.diagonal().mean())
     direction = torch.linalg.solve(gram, x.T @ (reward - reward.mean())) * std
     return lambda hidden, size: (size * direction).expand(len(hidden), -1)
+
+
+@torch.enable_grad()
+def lm_steer(model, rollout, outcome, seed, epochs=4, rate=1e-3, batch=32):
+    """A Rollout with states and its rewards (N,) -> controller_at; A starts from no control"""
+    torch.manual_seed(seed)
+    best = outcome.topk(len(outcome) // 4).indices.to(rollout.mask.device)
+    n_embd = rollout.hidden.size(-1)
+    A = torch.zeros(n_embd, n_embd, device=best.device, requires_grad=True)
+    optimizer = torch.optim.Adam([A], lr=rate)
+    for _ in range(epochs):
+        for rows in best[torch.randperm(len(best))].split(batch):
+            hidden = rollout.hidden[rows][rollout.mask[rows]].float()           # (n, n_embd)
+            logits = model.unembed(hidden + hidden @ A.T)
+            loss = nn.functional.cross_entropy(logits, rollout.tokens[rows][rollout.mask[rows]])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    A.requires_grad_(False)
+    return lambda hidden, size: size * hidden.float() @ A.T
+
+
+@torch.enable_grad()
+def rad_q(model, rollout, outcome, seed, epochs=4, rate=1e-3, batch=64):
+    """The same for RAD-Q; states and outcomes standardised, as for q"""
+    torch.manual_seed(seed)
+    W = model.wte.weight.float()
+    n_embd = W.size(1)
+    std, mean = torch.std_mean(rollout.hidden[rollout.mask].float(), 0)
+    reward = ((outcome - outcome.mean()) / outcome.std()).float().to(W.device)
+    head = nn.Linear(n_embd, 1 + n_embd).to(W.device)                           # a, and B
+    nn.init.zeros_(head.weight)
+    optimizer = torch.optim.Adam(head.parameters(), lr=rate)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(reward)).split(batch):
+            out = head((rollout.hidden[rows].float() - mean) / std)             # (B, T, 1 + n_embd)
+            Q = out[..., 0] + (out[..., 1:] * W[rollout.tokens[rows]]).sum(-1)
+            weight = rollout.mask[rows].cumsum(1) * rollout.mask[rows]          # 1, 2, .. along a text
+            loss = (weight * (Q - reward[rows, None]) ** 2).sum() / weight.sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    head.requires_grad_(False)
+    return lambda hidden, size: size * head((hidden.float() - mean) / std)[..., 1:]
 
 
 class LookAhead(Sampler):

@@ -32,12 +32,13 @@ from pathlib import Path
 import torch
 
 import train_value
-from control import RADIUS, Rollout, ascend, generate, step_for_kl, uniform_table
+from control import Rollout, generate, uniform_table
 from model import InputError, in_turn, load, read_prompts
-from tests.evidence import baselines, finetune, records, values
+from tests.evidence import baselines, records, values
 from tests.evidence.exact import Exact
+from tests.evidence.methods import CONTROLS, FITS, METHODS, TRAINED
 from tests.toy import grammar
-from value import ValueNet, load_reward
+from value import ValueNet, fingerprint, load_reward
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared"
@@ -57,30 +58,6 @@ TASKS = {
                     dpo=dict(rate=3e-5, epochs=1, beta=0.1),
                     train=SHARED / "prompts" / "reviews-train.txt",
                     test=ROOT / "tests" / "openings.txt"),
-}
-
-
-def row(fit, control="push", steps=1, radius=RADIUS, rounds=1):
-    """
-    A method. fit: what learns from the rollouts, a row of train_value.METHODS or of FITS. control:
-    how that is used, a row of CONTROLS. The steps of ascent share the step size. rounds: of policy
-    iteration, trained under the control so far, its nats taken off the rewards.
-    """
-    return dict(fit=fit, control=control, steps=steps, radius=radius, rounds=rounds)
-
-
-METHODS = {
-    "q": row("q"),
-    "q-end": row("q-end"),
-    "plain": row("plain"),
-    "paper": row("paper", radius=math.inf),
-    "literal": row("literal", steps=30, radius=math.inf),
-    "static": row("static"),
-    "q-30": row("q", steps=30),
-    "rounds-2": row("q", rounds=2),
-    "guided": row("plain", control="look-ahead"),
-    "best-of": row(None, control="best-of"),
-    "dpo": row("dpo", control="weights"),
 }
 
 
@@ -135,12 +112,15 @@ class Task:
             return draw()
         reward = Path(self.args.reward).name
         path = self.args.cache / f"{self.args.task}-{reward}-{self.args.rollouts}-{seed}.pt"
+        model = fingerprint(self.model)
         if path.exists():
             saved = torch.load(path, map_location=self.args.device)
-            return Texts(**saved | {"rollout": Rollout(**saved["rollout"])})
+            if torch.equal(saved.pop("model"), model):
+                return Texts(**saved | {"rollout": Rollout(**saved["rollout"])})
         texts = draw()
+        saved = vars(texts) | {"rollout": vars(texts.rollout), "model": model}
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(vars(texts) | {"rollout": vars(texts.rollout)}, path.with_suffix(".part"))
+        torch.save(saved, path.with_suffix(".part"))
         path.with_suffix(".part").rename(path)
         return texts
 
@@ -195,84 +175,7 @@ def style(rollout):
     return {"perplexity": perplexity, "distinct": distinct}
 
 
-# ------------------------------------------------------------------------------------- the methods
-
-def fit_net(task, method, texts, seed, price=0.0):
-    """-> a net of train_value.METHODS; price: of a nat that the texts' own control has cost"""
-    rollout = texts.rollout
-    settings = dict(train_value.METHODS[method["fit"]])
-    del settings["radius"]
-    rewards = train_value.rewards_at_end(texts.outcome, rollout.mask.cpu())
-    if price:
-        rewards = rewards - price * (rollout.kl * rollout.mask).cpu()
-    return train_value.train(task.model, rollout, texts.so_far, rewards, **settings, seed=seed)
-
-
-def fit_literal(task, method, texts, seed):
-    rewards = train_value.rewards_at_end(texts.outcome, texts.rollout.mask)
-    return baselines.literal(texts.rollout, rewards, seed)
-
-
-def fit_static(task, method, texts, seed):
-    return baselines.static(texts.rollout, texts.outcome)
-
-
-def fit_dpo(task, method, texts, seed):
-    return finetune.dpo(task.model, texts.prompts, texts.rollout, texts.outcome, seed,
-                        **task.settings["dpo"])
-
-
-FITS = dict.fromkeys(train_value.METHODS, fit_net)
-FITS |= {"literal": fit_literal, "static": fit_static, "dpo": fit_dpo}
-
-
-def controller_of(fitted, method):
-    """What a fit returned -> controller_at(hidden, size) -> u"""
-    if not isinstance(fitted, ValueNet):
-        return fitted
-    steps = method["steps"]
-    return lambda hidden, size: ascend(fitted, hidden, steps, size / steps, method["radius"])
-
-
-def push(task, method, texts, fitted, seed, nats):
-    """Control by a function of the state, of the size that costs these nats -> draw() -> a Rollout"""
-    controller_at = controller_of(fitted, method)
-    step = step_for_kl(task.model, controller_at, texts.rollout, nats)
-    for i in range(1, method["rounds"]):
-        texts = task.roll_out(task.train, task.args.rollouts, seed + 100 * i,
-                              functools.partial(controller_at, size=step))
-        fitted = fit_net(task, method, texts, seed + 100 * i, price=1 / step)
-        controller_at = controller_of(fitted, method)
-        step = step_for_kl(task.model, controller_at, texts.rollout, nats)
-    return lambda: task.draw(task.test, task.args.samples, task.seed,
-                             functools.partial(controller_at, size=step))
-
-
-def sized(task, texts_at, seed, nats):
-    """texts_at(prompts, samples, seed, size) -> the same; the size is searched on a few texts"""
-    few = functools.partial(texts_at, task.train, 256, seed)
-    size = baselines.size_for_kl(few, nats)
-    return lambda: texts_at(task.test, task.args.samples, task.seed, size)
-
-
-def look_ahead(task, method, texts, fitted, seed, nats):
-    def texts_at(prompts, samples, seed, size):
-        sampler = functools.partial(baselines.LookAhead, value=fitted, size=size)
-        return task.draw(prompts, samples, seed, make_sampler=sampler)
-    return sized(task, texts_at, seed, nats)
-
-
-def weights(task, method, texts, fitted, seed, nats):
-    def texts_at(prompts, samples, seed, size):
-        rows = in_turn(prompts, samples, seed)
-        other = finetune.between(task.model, fitted, size)
-        drawn = generate(other, rows, uniform_table(samples, task.tokens, seed))
-        return finetune.compared(drawn, task.model, rows, other)
-    return sized(task, texts_at, seed, nats)
-
-
-CONTROLS = {"push": push, "look-ahead": look_ahead, "weights": weights}
-
+# -------------------------------------------------------------------------------- one training
 
 def train_and_report(task, method, texts, seed):
     """-> the record of one training"""
@@ -295,9 +198,15 @@ def train_and_report(task, method, texts, seed):
     return found
 
 
-def best_of(task, seed):
-    """Every seed draws anew. The gain is over the mean of the very texts that are chosen from."""
+def best_of(task, seed, equal_compute):
+    """
+    Every seed draws anew. The gain is over the mean of the very texts that are chosen from.
+
+    equal_compute: the rollouts of a training are spent on more draws of the reported texts instead.
+    """
     sizes = task.settings["best_of"]
+    if equal_compute:
+        sizes = [1 + math.ceil(task.args.rollouts / task.args.samples)]
     samples, prompts = task.args.samples, min(len(task.test), task.args.samples)
     tables = [task.draw(task.test, samples, 1000 * seed + 1001 + i) for i in range(max(sizes))]
     rewards = torch.stack([task.score(drawn) for drawn in tables])              # (n, N)
@@ -384,6 +293,11 @@ def constants():
     return {name: getattr(train_value, name) for name in names}
 
 
+def known(name, args):
+    """The oracle needs the exact values"""
+    return name != "oracle" or ("start" in TASKS[args.task] and args.reward == "sentiment")
+
+
 def check_same(path, line, settings):
     """A file's line was made with the settings of this run, or it is the end"""
     ours = settings | {"constants": constants()}
@@ -402,7 +316,7 @@ def complete(args, methods):
     origin = {"commit": commit, "torch": torch.__version__, "device": args.device}
     task = None
     for seed in range(args.first_seed, args.first_seed + args.seeds):
-        missing = [name for name in methods if (name, seed) not in done]
+        missing = [name for name in methods if (name, seed) not in done and known(name, args)]
         if not missing:
             continue
         for line in [free or {}, *lines]:
@@ -412,14 +326,16 @@ def complete(args, methods):
         if not free:
             free = {"method": "none", "seed": seed} | settings | origin | task.uncontrolled()
             records.add(args.json, free)
-        texts = task.learn(seed) if set(missing) != {"best-of"} else None
+        texts = task.learn(seed) if set(missing) & set(TRAINED) else None
         for name in missing:
             method = METHODS[name]
             line = {"method": name, "seed": seed} | settings | origin | {"row": method}
             if method["fit"] in train_value.METHODS:
                 line["constants"] = constants()
-            line |= best_of(task, seed) if name == "best-of" else train_and_report(
-                task, method, texts, seed)
+            if method["control"] == "best-of":
+                line |= best_of(task, seed, name == "best-of-compute")
+            else:
+                line |= train_and_report(task, method, texts, seed)
             records.add(args.json, line)
             gains = [round(point.get("gain", math.nan), 3) for point in line["points"]]
             print(f"seed {seed} {name}: {gains}", file=sys.stderr, flush=True)
