@@ -43,6 +43,7 @@ from value import ValueNet, fingerprint, load_reward
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared"
 TOY = Path(train_value.TOY)
+SETTINGS = ("task", "reward", "judge", "samples", "rollouts", "budgets")     # one a file
 REPORT = 1000       # the uniforms of training 1 have seed 1, of its report 1001, and so on
 TASKS = {
     "toy": dict(model=TOY, tokens=32, rollouts=4000, samples=8000, budgets=(0.1, 0.3, 0.8),
@@ -183,7 +184,7 @@ def train_and_report(task, method, texts, seed):
     fitted = FITS[method["fit"]](task, method, texts, seed)
     seconds = time.time() - started
     points = []
-    for nats in task.settings["budgets"]:
+    for nats in task.args.budgets:
         started = time.time()
         try:
             draw = CONTROLS[method["control"]](task, method, texts, fitted, seed, nats)
@@ -274,7 +275,7 @@ def print_table(free, lines, methods):
           f"div {free['distinct']:.3f}")
     if optimum:
         cells = []
-        for nats in TASKS[free["task"]]["budgets"]:
+        for nats in free["budgets"]:
             gain = records.at_kl(free["mean value"], nats)
             share = 100 * gain / records.at_kl(optimum, nats)
             cells.append(f"{gain:6.3f}    @{nats:<5.2f} {share:5.1f}%")
@@ -308,7 +309,7 @@ def check_same(path, line, settings):
 
 def complete(args, methods):
     """Add what the file lacks: a line a (method, seed)"""
-    settings = {key: vars(args)[key] for key in ("task", "reward", "judge", "samples", "rollouts")}
+    settings = {key: vars(args)[key] for key in SETTINGS}
     free, lines = records.read(args.json)
     done = {(line["method"], line["seed"]) for line in lines}
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, text=True,
@@ -349,6 +350,7 @@ def parse_args(argv=None):
     parser.add_argument("--first-seed", type=int, default=1, help="101: development")
     parser.add_argument("--samples", type=int, help="texts reported on, a point")
     parser.add_argument("--rollouts", type=int, help="texts learnt from, a training")
+    parser.add_argument("--budgets", help="nats asked: 1,2,4,8")
     parser.add_argument("--reward", default="sentiment", help="as for train_value.py")
     parser.add_argument("--judge", help="another reward, that nothing is trained or steered by")
     parser.add_argument("--device", default="cpu")
@@ -358,6 +360,10 @@ def parse_args(argv=None):
     args.json = args.json or ROOT / "out" / f"{args.task}.jsonl"
     args.samples = args.samples or TASKS[args.task]["samples"]
     args.rollouts = args.rollouts or TASKS[args.task]["rollouts"]
+    if args.budgets:
+        args.budgets = [float(nats) for nats in args.budgets.split(",")]
+    else:
+        args.budgets = list(TASKS[args.task]["budgets"])
     return args
 
 
