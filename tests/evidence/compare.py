@@ -275,7 +275,7 @@ def print_table(free, lines, methods):
           f"div {free['distinct']:.3f}")
     if optimum:
         cells = []
-        for nats in free["budgets"]:
+        for nats in free.get("budgets", TASKS[free["task"]]["budgets"]):
             gain = records.at_kl(free["mean value"], nats)
             share = 100 * gain / records.at_kl(optimum, nats)
             cells.append(f"{gain:6.3f}    @{nats:<5.2f} {share:5.1f}%")
@@ -290,8 +290,9 @@ def print_table(free, lines, methods):
 
 def constants():
     """What a training depends on besides its row"""
-    names = ("RIDGE", "DECAY", "LAMBDA", "RATE", "EPOCHS", "BATCH")
-    return {name: getattr(train_value, name) for name in names}
+    names = ("RIDGE", "DECAY", "LAMBDA", "LAMBDA_END", "RATE", "EPOCHS", "BATCH")
+    found = {name: getattr(train_value, name) for name in names}
+    return found | {"width": ValueNet(1).body[0].out_features}
 
 
 def known(name, args):
@@ -301,10 +302,11 @@ def known(name, args):
 
 def check_same(path, line, settings):
     """A file's line was made with the settings of this run, or it is the end"""
-    ours = settings | {"constants": constants()}
-    for key in ours.keys() & line.keys():
-        if line[key] != ours[key]:
-            sys.exit(f"{path} was made with {key} {line[key]}, not {ours[key]}; name another --json")
+    ours = settings | constants()
+    theirs = line | line.get("constants", {})
+    for key in ours.keys() & theirs.keys():
+        if theirs[key] != ours[key]:
+            sys.exit(f"{path} was made with {key} {theirs[key]}, not {ours[key]}; name another --json")
 
 
 def complete(args, methods):
