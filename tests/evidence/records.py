@@ -90,7 +90,8 @@ def readme_table(folder=FOLDER):
                 cells.append(share(free, points))
             else:
                 cells.append(over_static(lines, points))
-        rows.append(f"| {label} | " + " | ".join(cells) + " |")
+        if any(cells):
+            rows.append(f"| {label} | " + " | ".join(cells) + " |")
     return rows
 
 
