@@ -45,6 +45,7 @@ SHARED = ROOT.parent / "shared"
 TOY = Path(train_value.TOY)
 SETTINGS = ("task", "reward", "judge", "samples", "rollouts", "budgets")     # one a file
 REPORT = 1000       # the uniforms of training 1 have seed 1, of its report 1001, and so on
+EXACT = 6000        # texts whose states give the exact values
 TASKS = {
     "toy": dict(model=TOY, tokens=32, rollouts=4000, samples=8000, budgets=(0.1, 0.3, 0.8),
                 best_of=(2, 3, 5), dpo=dict(rate=1e-4, epochs=4, beta=1), start=grammar.START),
@@ -89,7 +90,7 @@ class Task:
         self.test = read_prompts(self.model, self.tokenizer, name, path=self.settings.get("test"))
         self.exact = None
         if "start" in self.settings and args.reward == "sentiment":
-            self.seen = self.roll_out(self.test, 6000, 777)
+            self.seen = self.roll_out(self.test, EXACT, 777)
             self.exact = Exact(self.model, self.tokenizer, self.test, self.seen.rollout, self.tokens,
                                self.settings["start"])
 
