@@ -11,7 +11,8 @@ chance may put it above 100%). Each training reports on draws of its own, so tha
 trainings is also that of the texts. Each (method, seed) is added to --json as it is done, and not
 done again.
 
-    low     the lowest gain of a single training, in % of its row's mean, at its worst budget
+    low     the lowest single training, in % of its row's mean, at its worst budget: of the share of
+            the optimum where that is known, else of the gain
     R^2     of V for the outcome of uncontrolled texts that it has not seen (values.py has more)
     ppl     perplexity under the uncontrolled model, of the largest budget's texts
     div     distinct pairs of tokens among all pairs, in groups of 100 of these texts
@@ -237,11 +238,13 @@ def cell(points, optimum):
     return text
 
 
-def lowest(columns):
+def lowest(columns, optimum):
     """The lowest single training, as % of its row's mean, at its worst budget"""
     found = []
     for points in columns:
-        gains = [point["gain"] for point in points if "gain" in point]
+        points = [point for point in points if "gain" in point]
+        best = [records.at_kl(optimum, point["kl"]) if optimum else 1.0 for point in points]
+        gains = [point["gain"] / largest for point, largest in zip(points, best)]
         mean = sum(gains) / max(len(gains), 1)
         if mean > 0 and len(gains) > 1:
             found.append(100 * min(gains) / mean)
@@ -251,7 +254,7 @@ def lowest(columns):
 def print_row(name, lines, optimum, width):
     columns = list(zip(*(line["points"] for line in lines)))
     text = f"{name:{width}} {len(lines):2} " + " ".join(cell(points, optimum) for points in columns)
-    text += f" {lowest(columns)}"
+    text += f" {lowest(columns, optimum)}"
     qualities = [line["values"] for line in lines if "values" in line]
     text += f" {records.mean(qualities, 'outcome'):6.3f}" if qualities else "      -"
     last = [point for point in columns[-1] if "gain" in point]
