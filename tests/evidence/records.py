@@ -1,0 +1,99 @@
+"""
+The records of compare.py, a line of JSON a (method, seed); and from them the table of README.md.
+
+    python -m tests.evidence.records                    # prints the table, from records/*.jsonl
+"""
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+FOLDER = Path(__file__).with_name("records")
+COLUMNS = {"toy": "tiny language", "twist": "second", "late": "third", "reviews": "film reviews"}
+LABELS = {"q": "`q`, the default", "q-end": "`q-end`: the reward at the end only",
+          "guided": "look-ahead with V, 20 passes a token", "dpo": "all weights fine-tuned (DPO)",
+          "rad-q": "RAD-Q's head and loss", "lm-steer": "LM-Steer",
+          "static": "one direction for all states", "plain": "`plain`: V alone, differentiated",
+          "paper": "`paper`: the paper's way"}
+
+
+def read(path):
+    """-> the line of the task, without control (or None), and the lines of its trainings"""
+    if not path.exists():
+        return None, []
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return lines[0], lines[1:]
+
+
+def add(path, line):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def mean(rows, key):
+    return sum(row[key] for row in rows) / len(rows)
+
+
+def error_of(rows, key):
+    """The standard error over trainings, without its 0"""
+    numbers = torch.tensor([row[key] for row in rows], dtype=torch.float64)
+    return f"{numbers.std() / len(rows) ** 0.5:.3f}".lstrip("0") if len(rows) > 1 else "   -"
+
+
+def at_kl(curve, kl):
+    """A curve [[kl, ..], [gain, ..]] from (0, 0) up -> the gain at this KL"""
+    return float(np.interp(kl, *curve))
+
+
+def points_at(lines, method, nats):
+    """A method's points at this budget, one a training"""
+    found = [point for line in lines if line["method"] == method for point in line["points"]]
+    return [point for point in found if point["nats"] == nats and "gain" in point]
+
+
+def share(free, points):
+    """The mean share of the optimum, in percent"""
+    shares = [point["gain"] / at_kl(free["optimum"], point["kl"]) for point in points]
+    return f"{100 * sum(shares) / len(shares):.0f}"
+
+
+def over_static(lines, points):
+    """The gain as a multiple of a static direction's at equal KL"""
+    budgets = [point["nats"] for line in lines if line["method"] == "static" for point in line["points"]]
+    curve = [(0.0, 0.0)]
+    for nats in sorted(set(budgets)):
+        static = points_at(lines, "static", nats)
+        curve.append((mean(static, "kl"), mean(static, "gain")))
+    return f"{mean(points, 'gain') / at_kl(list(zip(*curve)), mean(points, 'kl')):.2f}"
+
+
+def readme_table(folder=FOLDER):
+    """-> the lines of README.md's table: shares at 0.3 nats asked, over static at 1 nat asked"""
+    tasks = {task: read(folder / f"{task}.jsonl") for task in COLUMNS}
+    rows = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---" * (1 + len(COLUMNS)) + "|"]
+    best = []
+    for free, _ in tasks.values():
+        if free and "mean value" in free:
+            best.append(f"{100 * at_kl(free['mean value'], 0.3) / at_kl(free['optimum'], 0.3):.0f}")
+        else:
+            best.append("")
+    rows.append("| the best for E[R], exactly | " + " | ".join(best) + " |")
+    for method, label in LABELS.items():
+        cells = []
+        for free, lines in tasks.values():
+            points = points_at(lines, method, 0.3 if free and "optimum" in free else 1.0)
+            if not points:
+                cells.append("")
+            elif "optimum" in free:
+                cells.append(share(free, points))
+            else:
+                cells.append(over_static(lines, points))
+        if any(cells):
+            rows.append(f"| {label} | " + " | ".join(cells) + " |")
+    return rows
+
+
+if __name__ == "__main__":
+    print(*readme_table(), sep="\n")
