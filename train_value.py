@@ -109,7 +109,6 @@ def bellman_loss(value, hidden, so_far, draws, rewards, mask, lam):
     return loss[mask].mean()
 
 
-@torch.enable_grad()                    # a reward's file may have switched it off
 def train(model, rollout, so_far, rewards, gradient_head, reads_so_far, standardised, lam, seed,
           progress=None):
     """

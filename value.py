@@ -31,6 +31,8 @@ whose price Q# (2502.20548) shows. A ridge damps natural gradients (Martens 2020
 
 Limitations: V reads one state and one number, not the text. What h does not hold, V cannot know.
 """
+import contextlib
+import math
 import os
 import re
 import runpy
@@ -86,8 +88,7 @@ class ValueNet(nn.Module):
         """Write the net and what `load` and `check_model` need: whole, or not at all."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        saved = {"version": VERSION, "weights": self.state_dict(), "info": info,
-                 "fingerprint": fingerprint(model)}
+        saved = {"weights": self.state_dict(), "info": info, "fingerprint": fingerprint(model)}
         try:
             with tempfile.TemporaryDirectory(dir=path.parent) as folder:
                 torch.save(saved, Path(folder, path.name))
@@ -258,7 +259,8 @@ def load_reward(spec, device="cpu", tokenizer=None):
         if not Path(path).is_file():
             raise InputError(f"--reward {spec}: no file {path}; name one, as FILE.py:FUNCTION")
         sys.path.append(str(Path(path).resolve().parent))                   # modules beside it
-        found = runpy.run_path(path)
+        with users_code():
+            found = runpy.run_path(path)
         if not callable(found.get(name)):
             raise InputError(f"--reward {spec}: no function {name} in {path}; name one it has, as "
                              f"FILE.py:FUNCTION")
@@ -269,13 +271,20 @@ def load_reward(spec, device="cpu", tokenizer=None):
     return RewardModel(spec, label, device, tokenizer)
 
 
+@contextlib.contextmanager
+def users_code():
+    """What the user's code switches for the whole process is switched back after it."""
+    with torch.enable_grad():
+        yield
+    torch.set_default_dtype(torch.float32)
+
+
 def checked_reward(reward, name):
     """The reward, held to its contract: N texts -> (N,) float64. Each distinct text is scored once."""
     def scores(texts):
         distinct = list(dict.fromkeys(texts))
-        with torch.enable_grad():                           # undoes what the user's function switches
+        with users_code():
             result = reward(list(distinct))                 # a copy: it may sort it
-        torch.set_default_dtype(torch.float32)
         try:
             result = torch.as_tensor(result, dtype=torch.float64).detach().cpu().flatten()
         except (TypeError, ValueError, RuntimeError):       # None, words, rows of unequal length
@@ -304,10 +313,10 @@ def rewards_so_far(reward, rows, width):
 
 # ----------------------------------------------------------- opening a net: a reader may stop here
 
-VERSION = 2
-# A net's info: what train_value.py was asked for, and the control that it found.
-INFO = {"model": str, "reward": str, "method": str, "dtype": str, "tokens": int, "seed": int,
-        "rollouts": int, "step_size": float, "radius": float, "nats": float}
+# What train_value.py was asked for, and the control that it found.
+INFO = {"model": str, "tokenizer": (str, type(None)), "dtype": str, "reward": str,
+        "reward_tokenizer": (str, type(None)), "method": str, "rollouts": int, "tokens": int,
+        "seed": int, "step_size": float, "radius": float, "nats": float}
 
 
 def read_net(path):
@@ -324,11 +333,11 @@ def read_net(path):
     for name, tensor in tensors.items():
         # A view may claim more numbers than the file holds; a contiguous tensor cannot.
         if not tensor.is_contiguous() or not tensor.isfinite().all():
-            raise ValueError(f"{name} is not a plain tensor of finite numbers")
+            raise ValueError(f"{name} is no plain tensor of finite numbers")
+    info = saved["info"]
     for key, kind in INFO.items():
-        if not isinstance(saved["info"][key], kind):
-            raise ValueError(f"{key} is {saved['info'][key]!r}")
-    for key, item in saved["info"].items():
-        if isinstance(item, str) and not item.isprintable():
-            raise ValueError(f"{key} has control characters")
+        if not isinstance(info[key], kind) or not str(info[key]).isprintable():
+            raise ValueError(f"{key} is {info[key]!r}")
+    if info["dtype"] not in ("float32", "bfloat16") or not 0 < info["step_size"] < math.inf:
+        raise ValueError(f"dtype {info['dtype']}, step size {info['step_size']}")
     return saved

@@ -1,21 +1,22 @@
 """
-The best gain any method could have at each KL, exactly, for the tiny models' two languages.
+The best gain any method could have at each KL, exactly, for the tiny models' languages.
 
     p*(text) ~ p(text) exp(reward(text) / beta)          no distribution earns more at the same KL
 
 A dynamic programme over the grammar (tests/toy/grammar.py), with the model's *own* probabilities,
 averaged over the grammar's states on texts it has drawn. So what the model got slightly wrong is no
 error of V or of the control.
+
+Beside it, the most that the mean value V = E[reward] can give:
+
+    q(token) ~ p(token) exp(V(next state) / beta)           normalised step by step
 """
-import sys
 from collections import defaultdict
-from pathlib import Path
 
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "toy"))
-import grammar                                                                        # noqa: E402
+from tests.toy import grammar
 
 BETAS = [40, 30, 20, 16, 12, 10, 8, 6, 5, 4, 3.5, 3, 2.5, 2, 1.75, 1.5, 1.25, 1.1, 1, .9, .8, .7,
          .6, .5, .4, .3, .25, .2, .15, .1, .07]
@@ -41,13 +42,22 @@ class Exact:
         self.start, = {grammar.parse([self.spelling[t] for t in prompt[1:]], start)[-1]
                        for prompt in prompts}           # the prompts end in one state
         self.value = self.chain.value(self.start, n_tokens)
-        points = [self.chain.frontier(self.start, n_tokens, beta) for beta in BETAS]
-        self.kl, gain = torch.tensor([(0.0, self.value), *sorted(points)], dtype=torch.float64).T
-        self.gain = gain - self.value
+        self.kl, self.gain = self.curve(self.chain.frontier)
+        self.mean_value_kl, self.mean_value_gain = self.curve(self.chain.mean_value_frontier)
+
+    def curve(self, controller):
+        """The controller's KL and gain at all BETAS, from (0, 0) up"""
+        points = [controller(self.start, self.n_tokens, beta) for beta in BETAS]
+        kl, reward = torch.tensor([(0.0, self.value), *sorted(points)], dtype=torch.float64).T
+        return kl, reward - self.value
 
     def best(self, kl):
         """The largest gain in reward at this KL, interpolated on a concave curve from (0, 0) up."""
         return float(np.interp(kl, self.kl, self.gain))
+
+    def best_of_mean_value(self, kl):
+        """The gain of the exact mean-value controller at this KL, likewise."""
+        return float(np.interp(kl, self.mean_value_kl, self.mean_value_gain))
 
     def tabulate(self, model, rollout):
         """-> transitions(state) of the model: its own probabilities, averaged state by state."""

@@ -1,5 +1,5 @@
 """
-The language of the tiny model: short reviews whose exact value and exact optimal control are known.
+The languages of the tiny models: short reviews whose exact value and exact optimal control are known.
 
     this music was very warm and the plot seemed dull . the cast was lovely .
 
@@ -18,14 +18,22 @@ with V = reward and Z = exp(reward / beta) where the text ends or is cut. beta s
 no controller at all earns more reward at the same KL.
 
 The second language, from START_TWIST, is harder: its word that decides comes early, and the better
-word there leads to the worse end (SCRIPT).
+word there leads to the worse end.
 
     this script was awful , but within an hour the music was lovely , great and warm .
+
+The third language, from START_LATE, is nearly always the same text: one adjective, four places
+before the end, is open and decides the reward. At the other places one word has nearly all the
+probability. The draws say nothing about the others, and a good controller leaves them alone.
+
+    this music began at nine , and when it ended an hour later the cast seemed lovely to us .
 """
 import math
 from functools import lru_cache
 
-START, START_TWIST = ("first", 0, 0), ((0, 0), 0, 0)
+START = ("first", 0, 0)
+START_TWIST = (("twist", 0, 0), 0, 0)
+START_LATE = (("late", 0, 0), 0, 0)
 END = "<|endoftext|>"
 
 # For each slot: the words of a bright mood, those of a dark one.
@@ -35,14 +43,46 @@ ADVERBS = ((" very", " truly"), (" rather", " somewhat"))
 ADJECTIVES = ((" lovely", " great", " funny", " warm", " superb", " charming"),
               (" dull", " awful", " weak", " boring", " clumsy", " bad"))
 
-# The second language, place by place: (the words, how strongly they lean with the last adjective).
-# One place turns against it, 13 tokens after the first adjective: a bright beginning (+1 so far)
-# has a dark end, (1 - 3) / 4 = -0.5. What stands between announces the beginning, and nothing else.
-SCRIPT = [((("this",), ("the",)), 0), (NOUNS, 0), (VERBS, 0), (ADJECTIVES, 0), (" ,", 0),
-          (" but", 0), (((" within",), (" after",)), 1), (" an", 0), (" hour", 0), (" or", 0),
-          (" so", 0), (((" this",), (" the",)), 1), (NOUNS, 1), (VERBS, 0), (ADVERBS, 1),
-          (ADJECTIVES, -3), (" ,", 0), (ADJECTIVES, 2), (" and", 0), (ADJECTIVES, 2), (" .", 0),
-          (END, 0)]
+SURE = math.log(1999)        # log-odds of the word that 1999 texts in 2000 have at this place
+
+
+def nearly(word, *others):
+    """A place where the others are hardly ever written"""
+    return ((word,), others), SURE, 0
+
+
+# The second and the third language, place by place: (the words, log-odds of the first group of them,
+# how strongly these lean with the last adjective). A word alone is certain.
+# In the second one place turns against the last adjective, 13 tokens after the first: a bright
+# beginning (+1 so far) has a dark end, (1 - 3) / 4 = -0.5. What stands between announces the
+# beginning, and nothing else.
+SCRIPTS = {
+    "twist": [((("this",), ("the",)), 0, 0), (NOUNS, 0, 0), (VERBS, 0, 0), (ADJECTIVES, 0, 0),
+              (" ,", 0, 0), (" but", 0, 0), (((" within",), (" after",)), 0, 1), (" an", 0, 0),
+              (" hour", 0, 0), (" or", 0, 0), (" so", 0, 0), (((" this",), (" the",)), 0, 1),
+              (NOUNS, 0, 1), (VERBS, 0, 0), (ADVERBS, 0, 1), (ADJECTIVES, 0, -3), (" ,", 0, 0),
+              (ADJECTIVES, 0, 2), (" and", 0, 0), (ADJECTIVES, 0, 2), (" .", 0, 0), (END, 0, 0)],
+    "late": [((("this",), ("the",)), 0, 0),
+             nearly(" music", " cast", " plot", " warm"),
+             nearly(" began", " was", " seemed", " lovely"),
+             nearly(" at", " very", " great", " weak"),
+             nearly(" nine", " an", " dull"),
+             nearly(" ,", " .", " funny"),
+             nearly(" and", " but", " superb", " awful"),
+             nearly(" when", " so", " charming"),
+             nearly(" it", " humor", " boring"),
+             nearly(" ended", " was", " great", " bad"),
+             nearly(" an", " the", " warm"),
+             nearly(" hour", " script", " clumsy"),
+             nearly(" later", " truly", " lovely"),
+             nearly(" the", " this", " superb"),
+             nearly(" cast", " music", " funny", " weak"),
+             nearly(" seemed", " was", " charming"),
+             (ADJECTIVES, 0, 0),
+             nearly(" to", " and", " great", " dull"),
+             nearly(" us", " truly", " lovely"),
+             nearly(" .", " ,", " warm"),
+             (END, 0, 0)]}
 
 
 def sigmoid(x):
@@ -72,7 +112,7 @@ def choices(state):
     """state -> [(probability, token, next state)]; an ended text has none."""
     slot, p, n = state
     if isinstance(slot, tuple):
-        return twist(state)
+        return scripted(state)
     if slot == "first":
         return lean(state, (("the",), ("this",)), "noun")
     if slot == "opening":
@@ -102,19 +142,20 @@ def adjectives(state, share=1.0):
             for q, word, _ in lean(state, ADJECTIVES, "link", strength=2.0, share=share)]
 
 
-def twist(state):
-    """choices of the second language; its slot is (place in SCRIPT, sign of the last adjective)"""
-    (place, last), p, n = state
-    if place == len(SCRIPT):
+def scripted(state):
+    """choices in a script; the slot is (script, place in it, sign of the last adjective)"""
+    (script, place, last), p, n = state
+    if place == len(SCRIPTS[script]):
         return []
-    words, strength = SCRIPT[place]
+    words, odds, strength = SCRIPTS[script][place]
+    neither = (script, place + 1, last), p, n
     if isinstance(words, str):
-        return [(1.0, words, ((place + 1, last), p, n))]
-    if words is not ADJECTIVES:
-        return split(words, sigmoid(strength * last), ((place + 1, last), p, n))
-    good, bad = ((place + 1, 1), p + 1, n), ((place + 1, -1), p, n + 1)
-    return [(q, word, good if word in words[0] else bad)
-            for q, word, _ in split(words, sigmoid(strength * last), None)]
+        return [(1.0, words, neither)]
+    good = (script, place + 1, 1), p + 1, n
+    bad = (script, place + 1, -1), p, n + 1
+    following = dict.fromkeys(ADJECTIVES[0], good) | dict.fromkeys(ADJECTIVES[1], bad)
+    return [(q, word, following.get(word, neither))
+            for q, word, _ in split(words, sigmoid(odds + strength * last), None)]
 
 
 def sample(rng, start=START):
@@ -163,15 +204,32 @@ class Chain:
     def frontier(self, state, left, beta):
         """The KL-optimal controller's (KL in nats a text, expected reward) at this beta."""
         Z = self._expect(lambda s: math.exp(mood(s) / beta))
+        return self.controlled(state, left, Z)
 
+    def mean_value_frontier(self, state, left, beta):
+        """The same of the controller p(s'|s) exp(V(s') / beta), normalised step by step.
+
+        V = E[R] is not log E[exp(R / beta)]: this is the optimum where one step decides, and less
+        than that over several. It is the most that a controller can have from the mean value."""
+        return self.controlled(state, left, lambda s, left: math.exp(self.value(s, left) / beta))
+
+    def controlled(self, state, left, weight):
+        """(KL in nats a text, expected reward) of the controller q(s'|s) ~ p(s'|s) weight(s', left)"""
         @lru_cache(maxsize=None)
-        def reward(state, left):
+        def outcome(state, left):
             options = self.transitions(state) if left else {}
-            return sum(q * Z(s, left - 1) / Z(state, left) * reward(s, left - 1)
-                       for s, q in options.items()) if options else mood(state)
-
-        best = reward(state, left)
-        return best / beta - math.log(Z(state, left)), best
+            if not options:
+                return 0.0, mood(state)
+            weights = {s: p * weight(s, left - 1) for s, p in options.items()}
+            total = sum(weights.values())
+            kl, reward = 0.0, 0.0
+            for s, p in options.items():
+                q = weights[s] / total
+                later_kl, later_reward = outcome(s, left - 1)
+                kl += q * (math.log(q / p) + later_kl)
+                reward += q * later_reward
+            return kl, reward
+        return outcome(state, left)
 
     def _expect(self, outcome):
         """(state, left) -> E[outcome] at the text's end, under the uncontrolled transitions."""

@@ -1,46 +1,91 @@
 """
-Train the tiny GPT on the toy language and write its checkpoint beside this file.
+Train a tiny GPT on one of the languages of grammar.py and write its checkpoint.
 
-    python tests/toy/train.py            # ten minutes on two CPU cores
-    python tests/toy/train.py --twist    # the second language, in twist/
+    python -m tests.toy.train                     # six minutes on one CPU core; beside this file
+    python -m tests.toy.train --language twist    # the second language, in twist/
+    python -m tests.toy.train --language late     # the third, in late/
 
-The checkpoint has the public GPT-2 layout (config.json, model.safetensors, vocab.json), so that
-the tiny model runs through the same code as the real ones. Ends by printing the cross-entropy above
-the grammar's own, in nats a token, which tests/test_toy.py holds below 0.002.
+The checkpoint has the public GPT-2 layout (config.json, model.safetensors, vocab.json, merges.txt),
+so that the tiny model runs through the same code as the real ones. Ends by printing the cross-entropy
+above the grammar's own, in nats a token: below 0.002 in all three.
 """
 import argparse
 import json
 import math
 import random
-import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE), str(HERE.parents[1])]
-import grammar                                                                        # noqa: E402
-from model import BYTES, GPT, TRANSPOSED, Config, load_tokenizer                      # noqa: E402
+from model import BYTES, GPT, TRANSPOSED, Config, load_tokenizer
+from tests.toy import grammar
 
+HERE = Path(__file__).parent
+LANGUAGES = {"first": (grammar.START, HERE),             # where it starts, and the checkpoint's folder
+             "twist": (grammar.START_TWIST, HERE / "twist"),
+             "late": (grammar.START_LATE, HERE / "late")}
 CONTEXT = 64     # positions of the model
 LONGEST = 48     # tokens of a review it is trained on; the few longer ones are cut, not dropped
 
 
-def vocabulary(start):
-    """The 256 bytes, every word of the grammar, the end of text: in vocab.json's spelling."""
-    words, seen, frontier = [], set(), [start]
-    while frontier:
-        state = frontier.pop()
-        seen.add(state[0])
+def words_of(start):
+    """Every word of the language, the end of text left out, sorted"""
+    words, seen, waiting = set(), set(), [start]
+    while waiting:
+        state = waiting.pop()
         for _, word, following in grammar.choices(state):
-            words += [word] if word not in words else []
-            frontier += [following] if following[0] not in seen else []
+            words.add(word)
+            if following[0] not in seen:
+                seen.add(following[0])
+                waiting.append(following)
+    return sorted(words - {grammar.END})
+
+
+def learn_merges(words):
+    """
+    Byte-pair encoding (Sennrich et al. 2016): merge the most frequent pair, until each word is one
+    token. Of pairs as frequent as each other, the first in the alphabet.
+
+    words, in vocab.json's spelling -> [(left, right), ..]
+    >>> learn_merges(["was", "as"])
+    [('a', 's'), ('w', 'as')]
+    """
+    merges = []
+    pieces = [list(word) for word in words]
+    while max(map(len, pieces)) > 1:
+        counts = Counter(pair for piece in pieces for pair in zip(piece, piece[1:]))
+        pair = min(counts, key=lambda pair: (-counts[pair], pair))
+        merges.append(pair)
+        pieces = [merge(piece, pair) for piece in pieces]
+    return merges
+
+
+def merge(piece, pair):
+    """(["a", "s", "a"], ("a", "s")) -> ["as", "a"]"""
+    merged = []
+    for token in piece:
+        if merged and (merged[-1], token) == pair:
+            merged[-1] += token
+        else:
+            merged.append(token)
+    return merged
+
+
+def save_vocabulary(start, folder):
+    """vocab.json: the 256 bytes, what merges make of them, the end of text. And merges.txt."""
     spell = {byte: character for character, byte in BYTES.items()}
-    words = sorted(set(words) - {grammar.END} - {chr(b) for b in range(256)})
+    words = ["".join(spell[b] for b in word.encode()) for word in words_of(start)]
+    merges = learn_merges(words)
     tokens = [spell[b] for b in range(256)]
-    tokens += ["".join(spell[b] for b in word.encode()) for word in words] + [grammar.END]
-    return {token: i for i, token in enumerate(tokens)}
+    tokens += [left + right for left, right in merges]
+    tokens.append(grammar.END)
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, indent=0) + "\n", encoding="utf-8")
+    lines = ["#version: 0.2"] + [f"{left} {right}" for left, right in merges]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return vocabulary
 
 
 def encode(reviews, encoder):
@@ -108,17 +153,16 @@ def save_weights(model, folder):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[1],
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--language", choices=LANGUAGES, default="first")
     parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--twist", action="store_true", help="the second language")
     parser.add_argument("--batch", type=int, default=64, help="reviews a step")
     parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
     args = parser.parse_args()
     torch.manual_seed(0)
-    start, folder = (grammar.START_TWIST, HERE / "twist") if args.twist else (grammar.START, HERE)
-    tokens = vocabulary(start)
-    (folder / "vocab.json").write_text(json.dumps(tokens, indent=0) + "\n", encoding="utf-8")
-    end = len(tokens) - 1
-    config = Config(n_vocab=len(tokens), n_positions=CONTEXT, n_embd=64, n_layer=2, n_head=4,
+    start, folder = LANGUAGES[args.language]
+    vocabulary = save_vocabulary(start, folder)
+    end = vocabulary[grammar.END]
+    config = Config(n_vocab=len(vocabulary), n_positions=CONTEXT, n_embd=64, n_layer=2, n_head=4,
                     n_inner=256, bos=end, ends=[end])
     save_config(config, folder)
     model = GPT(config)
