@@ -243,30 +243,34 @@ def check_memory(model, rollouts, tokens):
                          f"{needed / 1e9:.0f} GB, and there are {memory / 1e9:.0f}; lower --rollouts")
 
 
-def main(argv=None):
-    args = parse_args(argv)
-    out = Path(args.out).absolute()                         # a reward may change the folder
-    check_out(out)
+def prepare(args):
+    """All that the user can have got wrong, before the first draw -> model, tokenizer, prompts, reward"""
     model, tokenizer = load(args.model, args.tokenizer, args.device, getattr(torch, args.dtype))
     prompts = read_prompts(model, tokenizer, args.model, path=args.prompts)
     check_length(model, prompts, args.tokens)
     check_memory(model, args.rollouts, args.tokens)
     reward = load_reward(args.reward, args.device, args.reward_tokenizer)
-    reward([readable(tokenizer, prompt) for prompt in prompts[:2]])             # fails now, not later
+    reward([readable(tokenizer, prompt) for prompt in prompts[:2]])
     parameters = sum(weight.numel() for weight in model.parameters())
     print(f"{Path(args.model).resolve().name}: {parameters:,} parameters, frozen, {args.dtype} on "
           f"{args.device}; {min(len(prompts), args.rollouts)} of {len(prompts)} prompts; reward "
           f"{getattr(reward, 'label', args.reward)}", flush=True)
+    return model, tokenizer, prompts, reward
 
+
+def main(argv=None):
+    args = parse_args(argv)
+    out = Path(args.out).absolute()                         # a reward may change the folder
+    check_out(out)
+    model, tokenizer, prompts, reward = prepare(args)
     settings = dict(METHODS[args.method])
     radius = settings.pop("radius")
-    reads_so_far = settings["reads_so_far"]
 
     def roll_out(samples, seed, label):
         rows = in_turn(prompts, samples, seed)
         rollout = generate(model, rows, uniform_table(samples, args.tokens, seed), record=True,
                            progress=partial(show_progress, f"{label} drawn"))
-        so_far, outcome = score(reward, tokenizer, rows, rollout, reads_so_far,
+        so_far, outcome = score(reward, tokenizer, rows, rollout, settings["reads_so_far"],
                                 partial(show_progress, f"{label} scored"))
         return rollout, so_far, outcome
 
@@ -276,15 +280,13 @@ def main(argv=None):
     if not 0 < spread < math.inf:
         raise InputError(f"rewards of mean {mean:g} have a deviation of {spread:g}; choose a --reward "
                          f"that varies, on a scale near 1")
-    rewards = rewards_at_end(outcome, rollout.mask.cpu())
-    value = train(model, rollout, so_far, rewards, **settings, seed=args.seed,
-                  progress=partial(show_progress, "epoch"))
+    value = train(model, rollout, so_far, rewards_at_end(outcome, rollout.mask.cpu()), **settings,
+                  seed=args.seed, progress=partial(show_progress, "epoch"))
 
     def controller_at(hidden, step_size):
         return ascend(value, hidden, 1, step_size, radius)
     step_size = step_for_kl(model, controller_at, rollout, NATS)
-    info = {key: item for key, item in vars(args).items() if key not in ("out", "device")}
-    info |= {"step_size": step_size, "radius": radius, "nats": NATS}
+    info = vars(args) | {"step_size": step_size, "radius": radius, "nats": NATS}
     value.save(out, model, info)
     parameters = sum(weight.numel() for weight in value.parameters())
     print(f"{args.out}: {parameters:,} parameters; step size {step_size:.3g}", flush=True)

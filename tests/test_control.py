@@ -92,7 +92,7 @@ def test_kl_ball_spends_its_budget_and_no_more(max_kl):
         assert (kl[whole > max_kl] < 0.97 * max_kl).sum() <= 3              # of 64
 
 
-@pytest.mark.parametrize("n_vocab", [287, 256, 1000, 50257])
+@pytest.mark.parametrize("n_vocab", [364, 256, 1000, 50257])
 def test_draws_are_those_of_the_whole_cdf(n_vocab):
     torch.manual_seed(0)
     probs = (8 * torch.randn(200, n_vocab)).softmax(-1)
@@ -243,11 +243,13 @@ def test_captured_steps_are_eager_steps(how, monkeypatch):
 def test_prompts_are_read_with_bos_and_bad_files_are_named(tmp_path):
     model, tokenizer = load(ROOT / "tests" / "toy")
     toy = ROOT / "tests" / "toy"
-    assert read_prompts(model, tokenizer, toy) == [[286, 284], [286, 285]]
-    assert read_prompts(model, tokenizer, "x") == [[286]]
+    the, this, cast, end = map(tokenizer.encoding.encode_single_token,
+                               ["the", "this", " cast", "<|endoftext|>"])
+    assert read_prompts(model, tokenizer, toy) == [[end, the], [end, this]]
+    assert read_prompts(model, tokenizer, "x") == [[end]]
     (tmp_path / "p.txt").write_bytes("\ufeffthe\r\n\r\nthis cast\n".encode())
     assert read_prompts(model, tokenizer, toy, ["this"], tmp_path / "p.txt") == [
-        [286, 285], [286, 284], [286, 285, 261]]
+        [end, this], [end, the], [end, this, cast]]
     for name, content, message in (("e.txt", b"\n\n", "is empty"), ("p.csv", b"a,b", "no plain text"),
                                    ("p.jsonl", b"{}", "no plain text"), ("b.txt", b"\xff\xfe", "cannot")):
         (tmp_path / name).write_bytes(content)
