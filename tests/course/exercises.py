@@ -167,7 +167,7 @@ class Recorder:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item, call):
-        test = f"{item.path.name}::{item.name}"
+        test = item.nodeid.removeprefix("tests/course/")
         if call.excinfo:
             self.messages[test] = explain(call.excinfo.value)
         elif call.when == "call":
@@ -181,4 +181,5 @@ def run_tests(recorder, *paths):
     """pytest without what costs time here: it is run once an exercise and student"""
     off = ["cacheprovider", "unraisableexception", "threadexception"]
     options = [option for name in off for option in ("-p", f"no:{name}")]
-    return pytest.main(["-q", "-s", *options, "--confcutdir=tests/course", *paths], [recorder])
+    course = ["--rootdir=.", "--confcutdir=tests/course", "--assert=plain"]
+    return pytest.main(["-q", "-s", *options, *course, *paths], [recorder])
