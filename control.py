@@ -149,7 +149,10 @@ def controlled_log_probs(model, hidden, controller=None, temperature=1.0, top_p=
 
 
 def grad_log_p(W, token, probs):
-    """token (B,) of probs (B, n_vocab) -> W[token] - E_p[W] (B, n_embd), gradient of log p(token) in u"""
+    """
+    token (B,) of probs (B, n_vocab) -> W[token] - E_p[W] (B, n_embd), in the dtype of W: the gradient of
+    log softmax(W (h + u))[token] in u, where that softmax is probs
+    """
     return W[token] - probs.to(W.dtype) @ W
 
 

@@ -360,7 +360,8 @@ def test_draw_is_the_inverse_cdf():
     got = unchanged(control.draw, probs, uniforms)
     same("y = the first token with CDF(y) > uniform", got, [0, 1, 2, 3, 3])
     assert got.dtype == torch.int64, f"tokens: expected int64, got {got.dtype}"
-    same("y of 3 probs: uniform times their total", control.draw(3 * probs, uniforms), got)
+    scaled = probs * torch.arange(1., 6.)[:, None]
+    same("y of scaled probs: uniform times a row's total", control.draw(scaled, uniforms), got)
 
 
 def test_draw_of_each_row():
@@ -371,11 +372,12 @@ def test_draw_of_each_row():
 
 
 def test_draw_sums_in_float64():
-    probs = random(1, 20000).exp().expand(100, -1) / 1e4
-    uniforms = torch.rand(100, 1, generator=torch.Generator().manual_seed(3))
-    got = control.draw(probs, uniforms)
-    same("y = the first token with CDF(y) > uniform, 20000 tokens: sums in float64", got,
-         inverse_cdf(probs, uniforms))
+    probs = random(1, 20000).exp()
+    cdf = probs.double().cumsum(-1)[0]
+    expected = torch.arange(200, 20000, 200)                    # uniforms just above CDF(y - 1)
+    uniforms = (cdf[expected - 1] + 0.002 * probs[0, expected]) / cdf[-1]
+    got = control.draw(probs.expand(len(expected), -1), uniforms[:, None])
+    same("y = the first token with CDF(y) > uniform, 20000 tokens: use float64", got, expected)
 
 
 def test_draw_never_takes_what_has_no_probability():
