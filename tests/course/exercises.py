@@ -6,6 +6,7 @@ adds to the finished one: new functions, methods, classes, constants, imports. C
 else do not count, so that one mistake costs one exercise.
 """
 import ast
+import functools
 import os
 import random
 import traceback
@@ -44,6 +45,11 @@ DEFINITIONS = (ast.FunctionDef, ast.ClassDef)
 
 # ------------------------------------------------------------------------------ functions in files
 
+@functools.cache
+def parsed(source):
+    return ast.parse(source)
+
+
 def find(tree, function):
     """A syntax tree, "name" or "Class.name" -> the body it stands in, and its node"""
     body = tree.body
@@ -57,7 +63,7 @@ def find(tree, function):
 
 def with_body(source, function, body):
     """The source (str) with other lines below the function's docstring"""
-    _, node = find(ast.parse(source), function)
+    _, node = find(parsed(source), function)
     lines = source.split("\n")
     indent = " " * (node.col_offset + 4)
     inside = [indent + line for line in body.split("\n")]
@@ -98,7 +104,7 @@ def answer(source, finished, exercise):
     A student's file and the finished one, bytes -> what counts, two lists of statements: what the
     file adds, and the function (of a method: with what its class adds)
     """
-    theirs, ours = ast.parse(source), ast.parse(finished)
+    theirs, ours = parsed(source), parsed(finished)
     owner, function = find(theirs, exercise.function)
     around = added(theirs.body, ours.body)
     if owner is theirs.body:
@@ -137,7 +143,8 @@ def explain(error):
         return text.removeprefix("AssertionError: ")
     frames = traceback.extract_tb(error.__traceback__)
     place = [frame for frame in frames if frame.filename in FILES]          # an answer, graded
-    place = place or [frame for frame in frames if Path(frame.filename).name in FILES]
+    theirs = [*FILES, "controller.py"]
+    place = place or [frame for frame in frames if Path(frame.filename).name in theirs]
     if place:
         text = f"{Path(place[-1].filename).name}, line {place[-1].lineno}: {text}"
     return text

@@ -37,12 +37,13 @@ from tests.course.exercises import (EXERCISES, FILES, Exercise, Recorder, answer
 from tests.course.handout import COURSE, ROOT, CourseError, last_commit, run_script, write
 
 POINTS = 10             # an exercise
-SECONDS = 20            # of CPU time a run, which takes less than one
+SECONDS = 10            # of CPU time a run, which takes less than one
 PATIENCE = 10           # times as long by the clock
 MEMORY = 16 * 10 ** 9   # bytes of addresses
 WRITTEN = 10 ** 7       # bytes a file
-NEEDED = (*FILES, "tests/__init__.py", f"{COURSE}/", "tests/toy/")          # of the finished code
 PRIVATE = f"{COURSE}/private/"
+KIT = [f"{COURSE}/{name}" for name in ("__init__.py", "conftest.py", "test_exercises.py")]
+NEEDED = (*FILES, "tests/__init__.py", *KIT, PRIVATE, "tests/toy/")         # of the finished code
 SUSPICIOUS = set("""open exec eval compile globals vars getattr setattr sys os io gc inspect pytest tests
 importlib runpy builtins ctypes subprocess signal socket pathlib Path pickle load hub cpp_extension
 threading multiprocessing urllib traceback atexit random_split from_file fromfile""".split())
@@ -66,7 +67,7 @@ class Mark(NamedTuple):
 
 # --------------------------------------------------------------------------- a process of its own
 
-def run_apart(work, folder, seconds=SECONDS):
+def run_apart(work, folder, seconds):
     """
     Call work(tell) in a process of its own, in `folder` -> [what it told, ..], how it ended ("": well).
     Each line must begin with a secret: what is written blindly to all files does not count.
@@ -146,7 +147,7 @@ def run_files(files, exercises, parts=None):
 
     with tempfile.TemporaryDirectory() as folder:
         write({name: data for name, data in files.items() if name.startswith(NEEDED)}, folder)
-        told, end = run_apart(work, folder)
+        told, end = run_apart(work, folder, SECONDS)
     results = {test: message for test, message in told if test}
     return results, [message for test, message in told if not test] + [end] * bool(end)
 
