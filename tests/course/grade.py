@@ -77,7 +77,7 @@ def run_apart(work, folder, seconds):
         child = os.fork()
         if child == 0:
             try:
-                set_limits(folder, seconds)
+                set_limits(folder, seconds, lines.fileno())
                 work(lambda *told: print(secret + json.dumps(told), file=lines, flush=True))
                 os._exit(0)
             finally:                                            # after any error: no way back
@@ -92,8 +92,11 @@ def run_apart(work, folder, seconds):
     return told, ""
 
 
-def set_limits(folder, seconds):
+def set_limits(folder, seconds, kept):
+    """Of all open files one is kept"""
     os.setsid()
+    os.closerange(3, kept)
+    os.closerange(kept + 1, 1024)
     nowhere = os.open(os.devnull, os.O_RDWR)
     for descriptor in (0, 1, 2):
         os.dup2(nowhere, descriptor)
