@@ -82,7 +82,8 @@ def names_of(statement):
     targets = getattr(statement, "targets", [])
     if isinstance(statement, ast.AnnAssign):
         targets = [statement.target]
-    return [node.id for target in targets for node in ast.walk(target) if isinstance(node, ast.Name)]
+    nodes = [node for target in targets for node in ast.walk(target)]
+    return [node.id for node in nodes if isinstance(node, ast.Name)]
 
 
 def added(body, finished):

@@ -1,9 +1,9 @@
 """
 Grade what students hand in; for the teacher, in a git checkout of the finished code.
 
-    python -m tests.course.grade DIR ..                     # a line a student; of one DIR, all messages
-    python -m tests.course.grade DIR .. --tests FOLDER      # with tests of your own (README.md here)
-    python -m tests.course.grade DIR .. --csv marks.csv --json results.json         # Gradescope's
+    python -m tests.course.grade DIR ..                 # a line a student; of one DIR, all messages
+    python -m tests.course.grade DIR .. --tests FOLDER  # with tests of your own (README.md here)
+    python -m tests.course.grade DIR .. --csv marks.csv --json results.json     # Gradescope's
 
 One exercise at a time goes from DIR into the finished code, whose tests decide; every test of an
 exercise is worth the same part of its points. The finished code and all tests are read into memory
@@ -44,8 +44,8 @@ WRITTEN = 10 ** 7       # bytes a file
 PRIVATE = f"{COURSE}/private/"
 KIT = [f"{COURSE}/{name}" for name in ("__init__.py", "conftest.py", "test_exercises.py")]
 NEEDED = (*FILES, "tests/__init__.py", *KIT, PRIVATE, "tests/toy/")         # of the finished code
-SUSPICIOUS = set("""open exec eval compile globals vars getattr setattr sys os io gc inspect pytest tests
-importlib runpy builtins ctypes subprocess signal socket pathlib Path pickle load hub cpp_extension
+SUSPICIOUS = set("""open exec eval compile globals vars getattr setattr sys os io gc inspect pytest
+tests importlib runpy builtins ctypes subprocess signal socket pathlib Path pickle load hub cpp_extension
 threading multiprocessing urllib traceback atexit random_split from_file fromfile""".split())
 
 
@@ -69,8 +69,8 @@ class Mark(NamedTuple):
 
 def run_apart(work, folder, seconds):
     """
-    Call work(tell) in a process of its own, in `folder` -> [what it told, ..], how it ended ("": well).
-    Each line must begin with a secret: what is written blindly to all files does not count.
+    Call work(tell) in a process of its own, in `folder` -> [what it told, ..], and how it ended, ""
+    if well. Each line must begin with a secret: what is written blindly to all files does not count.
     """
     secret = secrets.token_hex(16)
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as lines:
@@ -207,12 +207,12 @@ def private_tests(folder):
 def grade_finished(files):
     """-> {test: ""}. The finished code must pass, or nothing can be graded."""
     tests, notes = run_files(files, EXERCISES)
-    failed = [f"{test}: {message}" for test, message in tests.items() if message]
-    if notes + failed:
-        raise CourseError(f"the finished code does not pass, so nothing is graded: {(notes + failed)[0]}")
+    wrong = notes + [f"{test}: {message}" for test, message in tests.items() if message]
+    if wrong:
+        raise CourseError(f"the finished code does not pass, so nothing is graded: {wrong[0]}")
     own = sum(test.startswith("private/") for test in tests)
-    print(f"the finished code passes: {len(EXERCISES)} exercises, {len(tests)} tests, {own} of them "
-          f"from --tests", flush=True)
+    print(f"the finished code passes: {len(EXERCISES)} exercises, {len(tests)} tests, "
+          f"{own} of them from --tests", flush=True)
     return tests
 
 
@@ -231,7 +231,8 @@ def show(name, marks, details):
     print(line, flush=True)
     if details:
         for mark in marks:
-            print(f"  {mark.exercise.number} {mark.exercise.key:11} {mark.points:4.3g}  {mark.remark}")
+            number, *_, key = mark.exercise
+            print(f"  {number} {key:11} {mark.points:4.3g}  {mark.remark}")
         for line in look_at:
             print(f"  look at {line}")
 
@@ -252,7 +253,8 @@ def gradescope(marks):
 def write_csv(path, results):
     with open(path, "w", newline="", encoding="utf-8") as file:
         rows = csv.writer(file)
-        rows.writerow(["name", "total", *(exercise.key for exercise in EXERCISES), "look at", "remarks"])
+        keys = [exercise.key for exercise in EXERCISES]
+        rows.writerow(["name", "total", *keys, "look at", "remarks"])
         for name, marks in results.items():
             look_at = " ".join(line for mark in marks for line in mark.look_at)
             remarks = " | ".join(mark.remark for mark in marks if mark.remark)
@@ -274,7 +276,8 @@ def main(argv, root=ROOT):
         files |= private_tests(args.tests)
     for folder in args.folders:
         if not any(Path(folder, file).is_file() for file in FILES):
-            raise CourseError(f"{folder}: none of {', '.join(FILES)} is there; name a student's folder")
+            raise CourseError(f"{folder}: none of {', '.join(FILES)} is there; name a student's "
+                              f"folder")
     gc.freeze()             # so that collecting garbage does not copy all of torch in each process
     tests = grade_finished(files)
     results = {}

@@ -6,13 +6,13 @@ A controller of one's own: its share of the best possible gain on the three tiny
 
 DIR/controller.py has a function like `static` and `q` below, the marks to beat:
 
-    def make(model, tokenizer, prompts, n_tokens):          # learn, from texts that you draw yourself
+    def make(model, tokenizer, prompts, n_tokens):      # learn, from texts that you draw yourself
         ..
-        return controller_at                                # (hidden (B, n_embd), step_size) -> u
+        return controller_at                            # (hidden (B, n_embd), step_size) -> u
 
-The step size is the one that costs NATS a text. Texts are then drawn with the seed. A share is the gain
-in reward over the largest gain of all controllers at the KL that these texts cost (exact.py).
-Each runs in a process of its own, SECONDS of CPU time for a language; grade.py says what is not safe.
+The step size is the one that costs NATS a text. Texts are then drawn with the seed. A share is the
+gain in reward over the largest gain of all controllers at the KL that these texts cost (exact.py).
+Each runs in a process of its own, SECONDS of CPU time a language; grade.py says what is not safe.
 """
 import argparse
 import ast
@@ -85,14 +85,15 @@ class Language:
         """-> share of the largest gain, gain, KL in nats a text"""
         controller_at = make(self.model, self.tokenizer, self.prompts, self.n_tokens)
         step_size = step_for_kl(self.model, controller_at, self.free, NATS)
-        drawn = generate(self.model, self.rows, self.table, partial(controller_at, step_size=step_size))
+        controller = partial(controller_at, step_size=step_size)
+        drawn = generate(self.model, self.rows, self.table, controller)
         kl = (drawn.kl * drawn.mask).sum(1).mean().item()
         gain = self.reward(drawn) - self.before
         return gain / self.exact.best(kl), gain, kl
 
 
 def measure(languages, source):
-    """A function like `q`, or a path to a controller.py -> {language: (share, gain, KL)}, an error"""
+    """A function like `q`, or a controller.py's path -> {language: (share, gain, KL)}, an error"""
     results = {}
     for name, language in languages.items():
         def work(tell):
@@ -118,7 +119,7 @@ def show(name, results, error, look_at):
 def main(argv):
     parser = argparse.ArgumentParser(prog="leaderboard", description=__doc__.split("\n")[1])
     parser.add_argument("folders", nargs="*", metavar="DIR")
-    parser.add_argument("--seed", type=int, help="of the texts; None: a new one, printed at the end")
+    parser.add_argument("--seed", type=int, help="of the texts; None: a new one, printed last")
     parser.add_argument("--texts", type=int, default=4000)
     args = parser.parse_args(argv)
     paths = [Path(folder, "controller.py").resolve() for folder in args.folders]

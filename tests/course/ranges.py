@@ -4,12 +4,13 @@ What the measuring exercises give over trainings 1 to 3: the ranges of README.md
     python -m tests.course.ranges               # about 15 minutes on one core
     python -m tests.course.ranges ridge         # one exercise
 
-As a student would: a constant is changed, then train_value.py and sample.py run, whose table is read.
+As a student would: a constant is changed, then train_value.py and sample.py run. Their table is read.
 """
 import contextlib
 import io
+import math
+import re
 import sys
-import tempfile
 from pathlib import Path
 
 import sample
@@ -25,12 +26,13 @@ EXERCISES = {
     "so-far": [("q", {}, [], []), ("q-end", {}, ["--method", "q-end"], [])],
     "lambda": [(f"{method} lambda {lam}", {"lam": lam}, ["--method", method], [])
                for method in ("q", "q-end") for lam in (0.0, 0.5, 1.0)],
-    "ridge": [(f"{model.name} ridge {ridge}", {"RIDGE": ridge, "DECAY": 0.0}, ["--model", str(model)], [])
+    "ridge": [(f"{model.name} ridge {ridge}", {"RIDGE": ridge, "DECAY": 0.0},
+               ["--model", str(model)], [])
               for model in (TOY, TOY / "late") for ridge in (0.0, 0.3, 30.0)],
     "slope": [(method, {}, ["--method", method], []) for method in ("plain", "paper")],
     "strength": [("q", {}, [], STRENGTHS)],
-    "reward": [("short", {}, ["--reward", "my.py:short"], ["--reward", "my.py:short"])],
-    "fails": [("two", {}, ["--reward", "my.py:two"], ["--reward", "my.py:two"])],
+    "reward": [("short", {}, ["--reward", "out/my.py:short"], ["--reward", "out/my.py:short"])],
+    "fails": [("two", {}, ["--reward", "out/my.py:two"], ["--reward", "out/my.py:two"])],
 }
 
 
@@ -54,13 +56,13 @@ def run(constants, train, draw, seed):
     finally:
         for name, item in before.items():
             setattr(train_value, name, item)
-    fit = next((line.split("outcome ")[1].split(",")[0] for line in lines if "for the outcome" in line), "")
+    fit = re.search(r"R\^2 of V for the outcome ([-.\d]+\d)", "\n".join(lines))
     rows = []
     for line in quietly(sample.main, ["--value", "out/ranges.pt", "--show", "0", *draw]):
         if line.startswith("strength"):
             _, strength, _, gain, _, kl, *_ = line.split()
             rows.append((strength, float(gain), float(kl)))
-    return rows, float(fit or "nan")
+    return rows, float(fit[1]) if fit else math.nan
 
 
 def report(label, runs):
@@ -69,18 +71,18 @@ def report(label, runs):
     for trainings in zip(*(rows for rows, _ in runs)):
         gains = [gain for _, gain, _ in trainings]
         kls = [kl for *_, kl in trainings]
-        print(f"{label:20} strength {trainings[0][0]:3} gain {min(gains):+.2f} to {max(gains):+.2f} @ "
-              f"{min(kls):.2f} to {max(kls):.2f} nats, R^2 of V {min(fits):.2f} to {max(fits):.2f}",
-              flush=True)
+        print(f"{label:20} strength {trainings[0][0]:3}"
+              f" gain {min(gains):+.2f} to {max(gains):+.2f} @ {min(kls):.2f} to {max(kls):.2f} nats,"
+              f" R^2 of V {min(fits):.2f} to {max(fits):.2f}", flush=True)
 
 
 def main(chosen):
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
-        Path("my.py").write_text(SHORT + TWO)
-        for name in chosen or EXERCISES:
-            print(f"\n{name}")
-            for label, constants, train, draw in EXERCISES[name]:
-                report(label, [run(constants, train, draw, seed) for seed in TRAININGS])
+    Path("out").mkdir(exist_ok=True)
+    Path("out/my.py").write_text(SHORT + TWO)
+    for name in chosen or EXERCISES:
+        print(f"\n{name}")
+        for label, constants, train, draw in EXERCISES[name]:
+            report(label, [run(constants, train, draw, seed) for seed in TRAININGS])
 
 
 if __name__ == "__main__":

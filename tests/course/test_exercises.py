@@ -1,6 +1,6 @@
 """
-The tests of the exercises, in order of dependence (README.md here has the table). A failure is a line:
-the equation, what it gives, and what the answer gave.
+The tests of the exercises, in order of dependence (README.md here has the table). A failure is a
+line: the equation, what it gives, and what the answer gave.
 
     python -m pytest tests/course -k targets
 """
@@ -113,7 +113,7 @@ def test_grad_log_p_in_bfloat16():
     assert got.dtype == W.dtype, f"W's dtype: expected {W.dtype}, got {got.dtype}"
 
 
-# --------------------------------------------------------------------- 3, train_value.py: bellman_loss
+# ----------------------------------------------------------------- 3, train_value.py: bellman_loss
 
 class Heads:
     """V and g as numbers, whatever the state; V = a + 2 r"""
@@ -289,7 +289,8 @@ def test_ascend_projects_after_each_step():
     two = 2 * (torch.tensor([4., 3.]) - one) + one
     same("u <- P(u + step_size g(h + u)), twice", got[0], two / two.norm() * math.sqrt(2))
     slope = Bowl([1., 1.], [30., 0.])
-    slope.gradient = lambda h: torch.where(h[:, :1] < 2, torch.tensor([4., 0.]), torch.tensor([0., 4.]))
+    right, up = torch.tensor([4., 0.]), torch.tensor([0., 4.])
+    slope.gradient = lambda h: torch.where(h[:, :1] < 2, right, up)
     got = control.ascend(slope, torch.zeros(1, 2), 2, 1.0, 1.0)
     same("P after the first step, too: g is asked at h + P(u)", got, [[math.sqrt(2), 0.]])
 
@@ -368,7 +369,8 @@ def test_draw_of_each_row():
     probs = random(64, 1000).softmax(-1)
     uniforms = torch.rand(64, 1, generator=torch.Generator().manual_seed(2))
     got = control.draw(probs, uniforms)
-    same("y = the first token with CDF(y) > uniform, 1000 tokens", got, inverse_cdf(probs, uniforms))
+    same("y = the first token with CDF(y) > uniform, 1000 tokens", got,
+         inverse_cdf(probs, uniforms))
 
 
 def test_draw_sums_in_float64():

@@ -1,6 +1,6 @@
 """
-The course kit: its tests tell right answers from wrong ones; handing out, checking and grading work from
-both ends. All in a small checkout of its own, since grading refuses one with changes.
+The course kit: its tests tell right answers from wrong ones; handing out, checking and grading work
+from both ends. In a small checkout of its own, since grading refuses one with changes.
 """
 import ast
 import contextlib
@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.course import check, grade, handout, test_exercises
+from tests.course import check, grade, handout, leaderboard, test_exercises
 from tests.course.answers import RIGHT, WRONG
-from tests.course.exercises import (EXERCISES, FILES, answer, explain, find, key_of, parsed, put_into,
-                                    with_body)
+from tests.course.exercises import (EXERCISES, FILES, answer, explain, find, key_of, parsed,
+                                    put_into, with_body)
 
 ROOT = handout.ROOT
 SOURCES = {file: (ROOT / file).read_text("utf-8") for file in FILES}
@@ -28,7 +28,7 @@ TARGETS, _, LOSS, FORWARD, ASCEND, *_ = EXERCISES
 # --------------------------------------------------------------------------- the tests of exercises
 
 def first_failure(exercise, source):
-    """The message of the first of the exercise's tests that fails with this file (bytes), or None"""
+    """The message of the exercise's first test that fails with this file (bytes), or None"""
     module = importlib.import_module(Path(exercise.file).stem)
     *owner, name = exercise.function.split(".")
     owner = getattr(module, owner[0]) if owner else module
@@ -159,7 +159,8 @@ def test_a_handout_has_no_answers_and_says_what_is_left(checkout, tmp_path):
     for exercise in EXERCISES:
         node = find(parsed(SOURCES[exercise.file]), exercise.function)[1]
         empty = find(parsed(texts[exercise.file]), exercise.function)[1]
-        assert ast.dump(node) != ast.dump(empty) and len(empty.body) == 2 and "exercise" in ast.unparse(empty.body[1])
+        assert ast.dump(node) != ast.dump(empty)
+        assert len(empty.body) == 2 and "exercise" in ast.unparse(empty.body[1])
 
     def work(tell):
         grade.forget_modules()
@@ -176,7 +177,8 @@ def test_a_handout_has_no_answers_and_says_what_is_left(checkout, tmp_path):
 def test_marks(checkout, tmp_path):
     """Part credit, one line a student, csv and json; twice the same"""
     good = student(tmp_path / "good")
-    half = student(tmp_path / "half", train_value="import nothing_there\n", control="def ascend(:\n",
+    half = student(tmp_path / "half", train_value="import nothing_there\n",
+                   control="def ascend(:\n",
                    value=SOURCES["value.py"].replace("lam * next_target", "lam ** 2 * next_target"))
     files = ["--csv", str(tmp_path / "marks.csv"), "--json", str(tmp_path / "marks.json")]
     few = EXERCISES[:4]
@@ -191,12 +193,17 @@ def test_marks(checkout, tmp_path):
 
 
 CHEATS = {
-    "os._exit": "import os\n    for i in range(3, 50):\n        try: os.write(i, b'[\"\", \"\"]\\n' * 9)\n"
-                "        except OSError: pass\n    os._exit(0)",
-    "pytest.exit": "import pytest\n    pytest.exit('4 passed', 0)",
-    "the finished file": "import runpy\n    return runpy.run_path('value.py')['bellman_targets']("
-                         "values, rewards, mask, lam)",
-    "open": "open('tests/course/test_exercises.py', 'w').write('')\n    return values",
+    "os._exit": """import os
+for i in range(3, 50):
+    try:
+        os.write(i, b'["", ""]\\n' * 9)
+    except OSError:
+        pass
+os._exit(0)""",
+    "pytest.exit": "import pytest\npytest.exit('4 passed', 0)",
+    "the finished file": """import runpy
+return runpy.run_path('value.py')['bellman_targets'](values, rewards, mask, lam)""",
+    "open": "open('tests/course/test_exercises.py', 'w').write('')\nreturn values",
     "no end": "while True: pass",
 }
 
@@ -204,8 +211,7 @@ CHEATS = {
 @pytest.mark.parametrize("name", CHEATS)
 def test_cheats_fail_and_are_flagged(checkout, tmp_path, monkeypatch, name):
     monkeypatch.setattr(grade, "SECONDS", 2)
-    lines = CHEATS[name].replace("\n    ", "\n")
-    source = with_body(SOURCES["value.py"], "bellman_targets", lines)
+    source = with_body(SOURCES["value.py"], "bellman_targets", CHEATS[name])
     files = handout.last_commit(checkout)
     tests = dict.fromkeys(f"test_exercises.py::{test}" for test in vars(test_exercises)
                           if key_of(test) == "targets")
@@ -220,7 +226,8 @@ def test_cheats_fail_and_are_flagged(checkout, tmp_path, monkeypatch, name):
 def test_an_error_is_shown_with_its_line(checkout, tmp_path):
     source = SOURCES["value.py"].replace("targets = torch.zeros_like(values)", "targets = nothing")
     line = source.split("\n").index("    targets = nothing") + 1
-    assert f"value.py, line {line}: NameError" in graded(checkout, student(tmp_path / "a", value=source))
+    folder = student(tmp_path / "a", value=source)
+    assert f"value.py, line {line}: NameError" in graded(checkout, folder)
 
 
 def test_private_tests(checkout, tmp_path):
@@ -230,7 +237,8 @@ def test_private_tests(checkout, tmp_path):
     with pytest.raises(handout.CourseError, match="no test_"):
         graded(checkout, one, "--tests", str(mine))
     (mine / "helper.py").write_text("LAM = 0.5\n")
-    (mine / "test_mine.py").write_text("from helper import LAM\ndef test_targets_more(): assert LAM == 0.5\n")
+    (mine / "test_mine.py").write_text("from helper import LAM\n"
+                                       "def test_targets_more(): assert LAM == 0.5\n")
     assert "1 of them from --tests" in graded(checkout, one, "--tests", str(mine))
     (mine / "test_other.py").write_text("def test_other(): pass\n")
     with pytest.raises(handout.CourseError, match="test_other names no exercise"):
@@ -258,9 +266,10 @@ def test_what_stops_the_grading(checkout, tmp_path, monkeypatch):
 
 def test_recipes_for_changed_questions(tmp_path):
     """README.md's, as they are written: the changed code passes, the old answer does not"""
-    blocks = re.findall("```python\n# (.+?)\n(.+?)```", (ROOT / "tests/course/README.md").read_text(), re.S)
+    page = (ROOT / "tests/course/README.md").read_text("utf-8")
+    blocks = re.findall("```python\n# (.+?)\n(.+?)```", page, re.S)
     recipes = list(zip(blocks[::2], blocks[1::2]))
-    assert [name for (_, _), (name, _) in recipes] == ["private/test_norm.py", "private/test_steps.py"]
+    assert [test for _, (test, _) in recipes] == ["private/test_norm.py", "private/test_steps.py"]
     folder = tmp_path / "checkout"
     folder.mkdir()
     write_checkout(folder)
@@ -277,6 +286,20 @@ def test_recipes_for_changed_questions(tmp_path):
     git(folder, "commit", "-qam", "changed")
     changed = student(tmp_path / "changed", value=(folder / "value.py").read_text(),
                       control=(folder / "control.py").read_text())
-    output = graded(folder, changed, student(tmp_path / "old"), "--tests", str(tmp_path / "private"),
+    old = student(tmp_path / "old")
+    output = graded(folder, changed, old, "--tests", str(tmp_path / "private"),
                     exercises=[TARGETS, LOSS, ASCEND])
     assert "30 of 30" in output and "1: 0  3: 10  5: 0" in output
+
+
+def test_leaderboard(tmp_path, monkeypatch):
+    """The share of a mark to beat; a controller that fails is shown with its line"""
+    monkeypatch.setattr(leaderboard, "TEXTS", 400)
+    languages = {"first": leaderboard.Language(*leaderboard.LANGUAGES["first"], seed=5, texts=400)}
+    results, error = leaderboard.measure(languages, leaderboard.static)
+    share, gain, kl = results["first"]
+    assert not error and 0.3 < share < 1.1 and gain > 0 and 0.15 < kl < 0.45
+    own = tmp_path / "controller.py"
+    own.write_text("def make(model, tokenizer, prompts, n_tokens):\n    return nothing\n")
+    assert leaderboard.measure(languages, own) == (
+        {}, "first: controller.py, line 2: NameError: name 'nothing' is not defined")
