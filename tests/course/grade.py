@@ -45,8 +45,8 @@ PRIVATE = f"{COURSE}/private/"
 KIT = [f"{COURSE}/{name}" for name in ("__init__.py", "conftest.py", "test_exercises.py")]
 NEEDED = (*FILES, "tests/__init__.py", *KIT, PRIVATE, "tests/toy/")         # of the finished code
 SUSPICIOUS = set("""open exec eval compile globals vars getattr setattr sys os io gc inspect pytest
-tests importlib runpy builtins ctypes subprocess signal socket pathlib Path pickle load hub cpp_extension
-threading multiprocessing urllib traceback atexit random_split from_file fromfile""".split())
+tests importlib runpy builtins ctypes subprocess signal socket pathlib Path pickle load hub
+cpp_extension threading multiprocessing urllib traceback atexit random_split from_file fromfile""".split())
 
 
 class Mark(NamedTuple):
@@ -70,7 +70,7 @@ class Mark(NamedTuple):
 def run_apart(work, folder, seconds):
     """
     Call work(tell) in a process of its own, in `folder` -> [what it told, ..], and how it ended, ""
-    if well. Each line must begin with a secret: what is written blindly to all files does not count.
+    if well. Each line begins with a secret: what is written blindly to all files does not count.
     """
     secret = secrets.token_hex(16)
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as lines:

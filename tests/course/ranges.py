@@ -4,7 +4,7 @@ What the measuring exercises give over trainings 1 to 3: the ranges of README.md
     python -m tests.course.ranges               # about 15 minutes on one core
     python -m tests.course.ranges ridge         # one exercise
 
-As a student would: a constant is changed, then train_value.py and sample.py run. Their table is read.
+As a student would: a constant is changed, then train_value.py and sample.py run.
 """
 import contextlib
 import io
@@ -72,8 +72,8 @@ def report(label, runs):
         gains = [gain for _, gain, _ in trainings]
         kls = [kl for *_, kl in trainings]
         print(f"{label:20} strength {trainings[0][0]:3}"
-              f" gain {min(gains):+.2f} to {max(gains):+.2f} @ {min(kls):.2f} to {max(kls):.2f} nats,"
-              f" R^2 of V {min(fits):.2f} to {max(fits):.2f}", flush=True)
+              f" gain {min(gains):+.2f} to {max(gains):+.2f} @ {min(kls):.2f} to {max(kls):.2f}"
+              f" nats, R^2 of V {min(fits):.2f} to {max(fits):.2f}", flush=True)
 
 
 def main(chosen):
