@@ -28,7 +28,7 @@ import torch
 from control import (RADIUS, ascend, check_length, generate, readable, step_for_kl,
                      uniform_table)
 from model import InputError, in_turn, load, read_prompts, run_script, show_progress
-from value import ValueNet, bellman_targets, load_reward, rewards_so_far
+from value import ValueNet, bellman_targets, load_reward
 
 # Chosen on trainings 101 and up, for all tasks at once: tests/evidence/RESULTS.md.
 RIDGE = 0.3         # on |g|^2, whitened: without it g is noise where draws say nothing
@@ -52,32 +52,32 @@ HELD_OUT = 1000     # texts to report on
 GROUP = 128         # texts scored in one call
 TOY = str(Path(__file__).with_name("tests") / "toy")
 
-
 def score(reward, tokenizer, prompts, rollout, beginnings=True, progress=None):
     """
     -> so_far (N, T), the reward of each text before y_t was drawn, and outcome (N,), that of the
     finished texts; float64. Without `beginnings` only finished texts are scored, and so_far is 0.
+    Past a text's end so_far means nothing.
     """
     N, T = rollout.mask.shape
-    table = torch.zeros(N, T + 1, dtype=torch.float64)
+    so_far = torch.zeros(N, T, dtype=torch.float64)
+    outcome = torch.zeros(N, dtype=torch.float64)
     for start in range(0, N, GROUP):
         stop = min(start + GROUP, N)
         rows = [rollout.beginnings(tokenizer, prompts, i) for i in range(start, stop)]
         if not beginnings:
             rows = [row[-1:] for row in rows]
-        table[start:stop] = rewards_so_far(reward, rows, T + 1)
+        scores = reward([text for row in rows for text in row])
+        for i, of_row in zip(range(start, stop), scores.split([len(row) for row in rows])):
+            so_far[i, :len(of_row) - 1] = of_row[:-1]
+            outcome[i] = of_row[-1]
         if progress:
             progress(stop, N)
-    outcome = table[:, -1]
-    so_far = table[:, :-1] if beginnings else torch.zeros(N, T, dtype=torch.float64)
     return so_far, outcome
-
 
 def rewards_at_end(outcome, mask):
     """outcome (N,), mask (N, T) -> r_t (N, T): the outcome at each text's last token, 0 elsewhere"""
     last = torch.arange(mask.size(1), device=mask.device) == mask.sum(1, keepdim=True) - 1
     return outcome.to(mask.device)[:, None] * last
-
 
 def whitening(grad_log_p, W):
     """
@@ -95,7 +95,6 @@ def whitening(grad_log_p, W):
     sizes = sizes.clamp(min=1e-10 * sizes.max())
     return (axes / sizes.sqrt() @ axes.T).float()
 
-
 def bellman_loss(value, hidden, so_far, draws, rewards, mask, lam):
     """
     States hidden and whitened grad_log_p `draws` (B, T, n_embd), the others (B, T) -> the loss, ():
@@ -110,6 +109,13 @@ def bellman_loss(value, hidden, so_far, draws, rewards, mask, lam):
     loss = (Q - target).square() + RIDGE * g.square().sum(-1)
     return loss[mask].mean()
 
+def make_optimizer(value, steps):
+    """AdamW, with weight decay on all but biases, and its falling rate"""
+    biases = [p for p in value.parameters() if p.dim() == 1]
+    weights = [p for p in value.parameters() if p.dim() > 1]
+    optimizer = torch.optim.AdamW([{"params": biases, "weight_decay": 0.0},
+                                   {"params": weights, "weight_decay": DECAY}], lr=RATE)
+    return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
 def train(model, rollout, so_far, rewards, gradient_head, reads_so_far, standardised, lam, seed,
           progress=None):
@@ -134,12 +140,7 @@ def train(model, rollout, so_far, rewards, gradient_head, reads_so_far, standard
     so_far = ((so_far - shift) / scale).float().to(W.device)
     whiten = whitening(rollout.grad_log_p[mask], W) if gradient_head else None
 
-    biases = [p for p in value.parameters() if p.dim() == 1]
-    weights = [p for p in value.parameters() if p.dim() > 1]
-    optimizer = torch.optim.AdamW([{"params": biases, "weight_decay": 0.0},
-                                   {"params": weights, "weight_decay": DECAY}], lr=RATE)
-    steps = EPOCHS * math.ceil(len(mask) / BATCH)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    optimizer, schedule = make_optimizer(value, EPOCHS * math.ceil(len(mask) / BATCH))
     for epoch in range(EPOCHS):
         for rows in torch.randperm(len(mask)).split(BATCH):
             draws = rollout.grad_log_p[rows].float() @ whiten if gradient_head else None
@@ -154,7 +155,6 @@ def train(model, rollout, so_far, rewards, gradient_head, reads_so_far, standard
             progress(epoch + 1, EPOCHS)
     unscale(value, scale, shift, whiten)
     return value.requires_grad_(False)
-
 
 @torch.no_grad()
 def unscale(value, scale, shift, whiten):
@@ -173,7 +173,6 @@ def unscale(value, scale, shift, whiten):
     if whiten is not None:
         value.gradient_head.weight.copy_(scale * whiten @ value.gradient_head.weight)
 
-
 def report(value, rollout, so_far, outcome):
     """Print R^2 over all states of unseen texts: of V for the outcome, and of the reward so far"""
     mask = rollout.mask.cpu()
@@ -189,7 +188,6 @@ def report(value, rollout, so_far, outcome):
     if value.reads_so_far:
         line += f", of the reward so far alone {r_squared(so_far):.3f}"
     print(line)
-
 
 # -------------------------------------------------------------------------------------- the script
 
@@ -218,7 +216,6 @@ def parse_args(argv):
         parser.error("--rollouts, --tokens and --seed are 1 or more, --seed below 2^63")
     return args
 
-
 def check_out(path):
     """Before any work: InputError if the net cannot be written there, or would replace another file"""
     folder = next(parent for parent in path.parents if parent.exists())
@@ -231,7 +228,6 @@ def check_out(path):
         settings = ValueNet.load(path).info                 # InputError if it is no value net
         print(f"{path.name} will be replaced: {settings['method']}, reward {settings['reward']}, "
               f"{settings['rollouts']} rollouts, seed {settings['seed']}")
-
 
 def check_memory(model, rollouts, tokens):
     """Before any work: InputError if the states of all texts are more than the memory"""
@@ -247,7 +243,6 @@ def check_memory(model, rollouts, tokens):
         raise InputError(f"{rollouts} rollouts x {tokens} tokens x {model.config.n_embd} numbers need "
                          f"{needed / 1e9:.0f} GB, and there are {memory / 1e9:.0f}; lower --rollouts")
 
-
 def prepare(args):
     """All that the user can have got wrong, before the first draw -> model, tokenizer, prompts, reward"""
     model, tokenizer = load(args.model, args.tokenizer, args.device, getattr(torch, args.dtype))
@@ -261,7 +256,6 @@ def prepare(args):
           f"{args.device}; {min(len(prompts), args.rollouts)} of {len(prompts)} prompts; reward "
           f"{getattr(reward, 'label', args.reward)}", flush=True)
     return model, tokenizer, prompts, reward
-
 
 def main(argv=None):
     args = parse_args(argv)
@@ -296,7 +290,6 @@ def main(argv=None):
     parameters = sum(weight.numel() for weight in value.parameters())
     print(f"{args.out}: {parameters:,} parameters; step size {step_size:.3g}", flush=True)
     report(value, *roll_out(HELD_OUT, args.seed + 1, "held-out"))
-
 
 if __name__ == "__main__":
     run_script(main)

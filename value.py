@@ -17,16 +17,16 @@ makes p_u(y) proportional to p(y) exp(W[y] . u). So all it needs of Q is the par
 W[y]. That part is g, and the draws show it: g is fitted, not differentiated. The mean of grad_log_p
 under p is 0, so V stays the mean of Q over y, as in Bellman's equation.
 
-The policy that maximises E[Q] - beta KL(policy || p) is p(y) exp(Q(y) / beta). Put Q in: this is
-softmax(W (h + g / beta)), one step of gradient ascent of size 1 / beta.
+The policy that maximises E[Q] - beta KL(policy || p) is p(y) exp(Q(y) / beta), up to a constant. Put
+Q in: this is softmax(W (h + g / beta)), one step of gradient ascent of size 1 / beta.
 
-Where one token has nearly all probability, grad_log_p is 0 whatever is drawn: the draws say nothing
-about g. There the ridge (Tikhonov's) keeps g small: push nowhere. b learns how much of what was
-earned will stay; b = 1 is potential-based shaping (Ng et al. 1999).
+Where one token has nearly all probability, grad_log_p is nearly 0 whatever is drawn: draws say
+nothing about g. There the ridge (Tikhonov's) keeps g small: push nowhere. b learns how much of what
+was earned will stay; b = 1 is potential-based shaping (Ng et al. 1999).
 
 Relatives: LM-Steer (arXiv 2305.12798) and RAD-Q (2407.04615) read out g . W[y], REBEL (2404.16767)
 regresses on log-probabilities, PMD-mean (2602.05933) takes the mean in the place of the soft value,
-whose price Q# (2502.20548) shows. A ridge damps natural gradients (Martens 2020); PRE-Control
+whose price Q# (2502.20548) shows. A ridge damps natural gradients (Martens 2020). PRE-Control
 (2510.12121) calls what is missing where draws say nothing excitation.
 
 Limitations: V reads one state and one number, not the text. What h does not hold, V cannot know.
@@ -46,11 +46,10 @@ import torch.nn as nn
 
 from model import InputError, find_file, load, read_json
 
-
 class ValueNet(nn.Module):
     """V and g on one hidden layer. To try another activation or depth, change `body`."""
 
-    def __init__(self, n_embd, width=32, gradient_head=True, reads_so_far=True):
+    def __init__(self, n_embd, width=16, gradient_head=True, reads_so_far=True):
         super().__init__()
         self.reads_so_far = reads_so_far
         self.body = nn.Sequential(nn.Linear(n_embd, width), nn.Tanh())
@@ -102,10 +101,10 @@ class ValueNet(nn.Module):
         try:
             saved = read_net(path)
             weights = saved["weights"]
-            width, n_embd = weights["body.0.weight"].shape
+            n_embd = len(weights["mean"])
+            heads, width = weights["value_head.weight"].shape
             with torch.device("meta"):                                      # shapes, no memory
-                value = cls(n_embd, width, "gradient_head.weight" in weights,
-                            len(weights["value_head.bias"]) == 2)
+                value = cls(n_embd, width, "gradient_head.weight" in weights, heads == 2)
             value.load_state_dict(weights, assign=True)
             if saved["fingerprint"].shape != (8, n_embd):
                 raise ValueError("fingerprint of another size")
@@ -114,8 +113,7 @@ class ValueNet(nn.Module):
         except Exception as error:          # of a foreign or damaged file torch may raise anything
             raise InputError(f"{path}: no value net ({type(error).__name__}, {str(error)[:99]!r}); "
                              f"train one with train_value.py, or name another file") from None
-        value.info = saved["info"]
-        value.fingerprint = saved["fingerprint"]
+        value.info, value.fingerprint = saved["info"], saved["fingerprint"]
         return value.requires_grad_(False)
 
     def check_model(self, model):
@@ -128,13 +126,11 @@ class ValueNet(nn.Module):
                              f"train one for this model with train_value.py")
         return self.to(ours.device)
 
-
 @torch.no_grad()
 def fingerprint(model):
     """The states (8, n_embd) after fixed tokens: models are told apart by what they compute."""
     tokens = torch.arange(1, 9, device=model.wte.weight.device) * 31 % 256
     return model(tokens[None])[0]
-
 
 @torch.no_grad()
 def bellman_targets(values, rewards, mask, lam):
@@ -158,7 +154,6 @@ def bellman_targets(values, rewards, mask, lam):
         targets[:, t] = next_target
     return targets
 
-
 # ----------------------------------------------------------------------------------------- rewards
 # A reward is a callable: N texts, prompt and continuation without special tokens -> N numbers.
 # A text's number must not depend on the other texts of the call.
@@ -169,7 +164,6 @@ love loved lovely memorable moving nice perfect recommend strong superb warm won
 NEGATIVE = frozenset("""annoying awful bad badly bland bored boring cheap clumsy crap disappointed
 disappointing dreadful dull fails flat horrible lack lame mediocre mess nothing painful pathetic
 pointless poor predictable ridiculous silly stupid terrible ugly waste weak worse worst""".split())
-
 
 def sentiment(texts):
     """
@@ -185,7 +179,6 @@ def sentiment(texts):
         scores.append((p - n) / max(p + n, 1))
     return scores
 
-
 class RewardModel:
     """
     A GPT2ForSequenceClassification as a reward, read at a text's last token: its logit, or with
@@ -197,7 +190,7 @@ class RewardModel:
         n_embd = self.gpt.config.n_embd
         self.weight = self.gpt.extra.get("score.weight")                    # (labels, n_embd)
         self.bias = self.gpt.extra.get("score.bias", 0)
-        if self.weight is None or self.weight.shape != (len(self.weight), n_embd):
+        if self.weight is None or self.weight.shape[1:] != (n_embd,):
             raise InputError(f"{name}: no score.weight of shape (labels, {n_embd}), so it is no "
                              f"classifier; choose another")
         labels = self.read_labels(name)
@@ -239,12 +232,11 @@ class RewardModel:
         tokens = [torch.tensor(row, device=self.weight.device) for row in rows]
         hidden = self.gpt(nn.utils.rnn.pad_sequence(tokens, batch_first=True))
         logits = (hidden @ self.weight.T + self.bias).double().cpu()        # (B, T, labels)
-        chosen = torch.arange(logits.size(-1)) == self.chosen
         score = logits[..., self.chosen]
-        if len(chosen) > 1:
-            score = score - logits[..., ~chosen].logsumexp(-1)
-        return score
-
+        if logits.size(-1) == 1:
+            return score
+        others = torch.arange(logits.size(-1)) != self.chosen
+        return score - logits[..., others].logsumexp(-1)
 
 def load_reward(spec, device="cpu", tokenizer=None):
     """
@@ -270,14 +262,12 @@ def load_reward(spec, device="cpu", tokenizer=None):
         spec, label = spec.rsplit(":", 1)
     return RewardModel(spec, label, device, tokenizer)
 
-
 @contextlib.contextmanager
 def users_code():
     """What the user's code switches for the whole process is switched back after it."""
     with torch.enable_grad():
         yield
     torch.set_default_dtype(torch.float32)
-
 
 def checked_reward(reward, name):
     """The reward, held to its contract: N texts -> (N,) float64. Each distinct text is scored once."""
@@ -297,27 +287,12 @@ def checked_reward(reward, name):
         return result[[place[text] for text in texts]]
     return scores
 
-
-def rewards_so_far(reward, rows, width):
-    """
-    N lists of a text's beginnings, the finished text last -> (N, width) float64, the reward of
-    each. From a text's end on the finished text's reward is repeated.
-    """
-    scores = reward([text for row in rows for text in row])
-    table = torch.zeros(len(rows), width, dtype=torch.float64)
-    for i, of_row in enumerate(scores.split([len(row) for row in rows])):
-        table[i] = of_row[-1]
-        table[i, :len(of_row)] = of_row
-    return table
-
-
 # ----------------------------------------------------------- opening a net: a reader may stop here
 
 # What train_value.py was asked for, and the control that it found.
 INFO = {"model": str, "tokenizer": (str, type(None)), "dtype": str, "reward": str,
         "reward_tokenizer": (str, type(None)), "method": str, "rollouts": int, "tokens": int,
         "seed": int, "step_size": float, "radius": float, "nats": float}
-
 
 def read_net(path):
     """What ValueNet.save wrote. It may come from anyone: no code is run, every entry is checked."""

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from conftest import ROOT
+from tests.conftest import ROOT
 
 import control
 from control import (Sampler, ascend, draw, generate, kl_ball, kl_divergence, read_prompts, steer,

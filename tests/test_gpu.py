@@ -7,9 +7,9 @@ import types
 
 import pytest
 import torch
-from conftest import ROOT
-from pretend_gpu import Device, Graph, Pretend, off, to_device
-from test_control import PROMPTS, net, random_model
+from tests.conftest import ROOT
+from tests.pretend_gpu import Device, Graph, Pretend, off, to_device
+from tests.test_control import PROMPTS, net, random_model
 
 import control
 import model

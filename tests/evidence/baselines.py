@@ -50,7 +50,7 @@ def look_ahead(model, value, cache, hidden, size, candidates):
         cache.lengths -= 1                  # the next token is written over this one
         cache.used -= 1
         change.scatter_(1, column, (after - here)[:, None])
-    change[:, model.config.ends] = 0        # no text goes on after an end: V was not trained there
+    change[:, model.config.eos_ids] = 0        # no text goes on after an end: V was not trained there
     return log_p, (log_p + size * change).log_softmax(-1)
 
 @torch.no_grad()

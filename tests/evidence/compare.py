@@ -249,7 +249,7 @@ def best_of_points(task, seed):
 
 def prefix_points(task, _):
     """One point, at the KL that the sentence costs; the reward does not read the sentence"""
-    prompts, bos = in_turn(task.test, task.samples), [task.model.config.bos]
+    prompts, bos = in_turn(task.test, task.samples), [task.model.config.bos_id]
     longer = [bos + task.tokenizer.encode(f"{task.settings['prefix']} {task.tokenizer.decode(p)}")
               for p in prompts]
     texts = task.draw(longer, task.samples, task.seed)
