@@ -303,3 +303,10 @@ def test_leaderboard(tmp_path, monkeypatch):
     own.write_text("def make(model, tokenizer, prompts, n_tokens):\n    return nothing\n")
     assert leaderboard.measure(languages, own) == (
         {}, "first: controller.py, line 2: NameError: name 'nothing' is not defined")
+
+
+def test_the_page_has_a_row_for_each_exercise():
+    page = (ROOT / "tests/course/README.md").read_text("utf-8")
+    for number, file, function, key in EXERCISES:
+        row, = [line for line in page.split("\n") if line.startswith(f"| {number} |")]
+        assert f"`{file}: {function}`" in row and f"`{key}`" in row
