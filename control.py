@@ -142,6 +142,14 @@ def controlled_log_probs(model, hidden, controller=None, temperature=1.0, top_p=
         delta = delta * kl_ball(logits, delta, max_kl)[:, None]
     return log_p, (logits + delta).log_softmax(-1)
 
+def grad_log_p(W, token, probs):
+    """
+    token (B,) of probs (B, n_vocab) -> W[token] - E_p[W] (B, n_embd), in the dtype of W: the gradient of
+    log softmax(W (h + u))[token] in u, where that softmax is probs
+    """
+    return W[token] - probs.to(W.dtype) @ W
+
+
 # --------------------------------------------------------------------------------- the closed loop
 
 @dataclass
@@ -238,9 +246,8 @@ class Sampler:
         out.log_p.index_copy_(1, t, log_p.gather(1, token[:, None]))
         out.log_q.index_copy_(1, t, log_q.gather(1, token[:, None]))
         if self.record:
-            grad_log_p = W[token] - probs.to(W.dtype) @ W                       # (B, n_embd)
             out.hidden.index_copy_(1, t, self.hidden[:, None])
-            out.grad_log_p.index_copy_(1, t, grad_log_p[:, None])
+            out.grad_log_p.index_copy_(1, t, grad_log_p(W, token, probs)[:, None])
         ended = (token[:, None] == self.eos_ids).any(-1)
         self.alive &= ~ended
         self.hidden.copy_(self.model(token[:, None], self.cache)[:, 0])
