@@ -184,14 +184,27 @@ def test_draws_are_those_of_the_whole_cdf(n_vocab):
     torch.manual_seed(0)
     rows = 30 if n_vocab > 1000 else 200
     probs = (8 * torch.randn(rows, n_vocab)).softmax(-1)
-    uniform = torch.rand(rows, 1)
     cdf = probs.double().cumsum(-1)
+    border = cdf.gather(1, torch.randint(n_vocab, (rows, 1)))   # float32 sums would miss the token
+    uniform = torch.rand(rows, 1)
+    uniform[::2] = border[::2].float().clamp(max=1 - 2.0 ** -24)
     truth = torch.searchsorted(cdf, uniform.double() * cdf[:, -1:], right=True)[:, 0]
     torch.testing.assert_close(draw(probs, uniform), truth)
     probs[:, ::2] = 0                                           # never a token without probability
+    probs[:, :n_vocab // 2] = 0
     for edge in (0.0, 1 - 2.0 ** -24):
         tokens = draw(probs, torch.full((rows, 1), edge))
         assert (probs.gather(1, tokens[:, None]) > 0).all()
+
+
+def test_a_draw_at_the_border_of_two_blocks_has_probability():
+    """Two sums of the same numbers differ by rounding: what is left may be more than the block holds."""
+    torch.manual_seed(0)
+    block = torch.rand(500, 254) ** 20
+    turned = block[:, torch.randperm(254)]
+    probs = torch.nn.functional.pad(torch.stack([block, turned], 1), (1, 1)).flatten(1)     # (500, 512)
+    tokens = draw(probs, torch.full((500, 1), 0.5))
+    assert (probs.gather(1, tokens[:, None]) > 0).all()
 
 
 def test_a_texts_draws_depend_on_the_seed_and_its_number_alone():
