@@ -1,114 +1,157 @@
 """
 The CUDA path without a GPU: that a step may be captured and replayed, on the device that
-pretend_gpu.py plays. Then the sampler's source is broken on purpose, and each fault is caught.
+pretend_gpu.py plays. Then the source is broken on purpose, in ways that no CPU notices, and each
+fault is caught.
 """
 import math
 import types
 
 import pytest
 import torch
-from conftest import ROOT
-from pretend_gpu import Device, Graph, Pretend, off, to_device
-from test_control import PROMPTS, net, random_model
 
-import control
-import model
-from control import Sampler, ascend, uniform_table
+from model import GPT, Config
+from tests.conftest import ROOT
+from tests.pretend_gpu import Device, Graph, Pretend, off, to_device
 from value import ValueNet
 
-TABLE = uniform_table(20, 20, 1)            # three windows of the cache, and texts that end early
-WINDOW, TRUTH = 8, []
+WINDOW = 4
+LENGTHS = [1, 2, 3, 1, 2]           # of the prompts: the longest leaves one step in its window
+N_TOKENS = 10                       # four windows of the cache, and texts that end early
 
 
 @pytest.fixture
 def gpu(monkeypatch):
     pretend = Pretend()
-    monkeypatch.setattr(model.Cache, "WINDOW", WINDOW)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", pretend.capture)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
     return pretend
 
 
-def drawn(gpu, module=control, head=True, steps=1, **how):
-    """-> the columns of 20 texts, in two batches on the pretended GPU, up to each text's end"""
-    value = net() if head else ValueNet(32, 16, gradient_head=False).requires_grad_(False)
-    value, gpt = to_device(value), to_device(random_model(ends=(3,)))
-    with gpu:
-        rollout = module.generate(gpt, PROMPTS, TABLE, lambda hidden: module.ascend(
-            value, hidden, steps, 0.5 / steps), batch=10, **how)
-    assert all(isinstance(column, Device) for column in vars(rollout).values())
-    columns = off(list(vars(rollout).values()))
-    return [column[columns[1]] for column in columns if column.size(1)] + [columns[1]]
-
-
-@pytest.mark.parametrize("how", [{}, {"max_kl": 0.05}, {"record": True}, {"temperature": 0.7},
-                                 {"head": False}, {"steps": 3, "max_kl": 0.3, "record": True}])
-def test_replayed_steps_are_eager_steps(gpu, how, monkeypatch):
-    replayed = drawn(gpu, **how)
-    assert gpu.replays > 30                                     # of 40 steps
-    monkeypatch.setattr(Sampler, "advance", lambda self: self.step())
-    for a, b in zip(replayed, drawn(gpu, **how)):
-        torch.testing.assert_close(a, b, atol=0, rtol=0)
-    assert not replayed[-1].all()
-
-
-def test_the_pretended_gpu_draws_what_the_cpu_draws(gpu):
-    rollout = control.generate(random_model(ends=(3,)), PROMPTS, TABLE, lambda h: ascend(net(), h, 1, 0.5))
-    torch.testing.assert_close(drawn(gpu)[0], rollout.tokens[rollout.mask])
-
-
-FAULTS = {  # what is wrong: the line that is right, the line in its place
-    "a number is read": ("t += 1", "t += int(self.alive.any() or True)"),
-    "a size to be found": ("token = draw", "probs.nonzero(); token = draw"),
-    "a branch on a number": ("max_kl < math.inf:", "max_kl < math.inf or (hidden > 9).any():"),
-    "a boolean mask": ("self.alive &=", "self.hidden[self.alive]; self.alive &="),
-    "drawn on the host": ("draw(probs, self.", "draw(probs.cpu(), self."),
-    "an index on the wrong device": ("index_select(1, t)", "index_select(1, torch.tensor([0]))"),
-    "a generator of the host": ("token = draw(probs, self.uniforms.index_select(1, t))",
-                                "token = probs.multinomial(1, generator=torch.Generator())[:, 0]"),
-    "a Python number that changes": (
-        "self.uniforms.index_select(1, t)",
-        "self.uniforms[:, self.cache.used - 5:][:, :1]"),      # 5: the longest prompt
-    "a buffer made once, by the first step": (
-        "t += 1", "self.one = getattr(self, 'one', None) or Kept(torch.ones_like(t)); t += 1"),
-    "a fresh state": ("self.hidden.copy_(self.model(token[:, None], self.cache)[:, 0])",
-                      "self.hidden = self.model(token[:, None], self.cache)[:, 0]"),
-    "a fresh clock": ("        t += 1", "        self.t = t + 1"),
-    "a fresh mask": ("self.alive &= ", "self.alive = self.alive & "),
-    "fresh uniforms": ("self.uniforms.copy_(uniforms)",
-                       "self.uniforms = uniforms.to(self.hidden.device)"),
-    "one graph for all windows": ("self.cache.used // Cache.WINDOW", "0"),
-    "replays that do not count": ("            self.cache.used += 1\n", ""),
-    "fresh lengths": ("self.lengths += T if lengths is None else lengths",
-                      "self.lengths = self.lengths + (T if lengths is None else lengths)"),
-}
-
-
-def broken(right, wrong):
-    """control.py over model.py, with one line changed in one of the two."""
-    modules, found = {}, 0
+def read_modules(file=None, right=None, wrong=None):
+    """-> control.py over model.py, made anew; with one place changed in `file`, if one is named"""
+    modules = {}
     for name in ("model", "control"):
         source = (ROOT / f"{name}.py").read_text()
-        found += source.count(right)
-        module = modules[name] = types.ModuleType(name)
-        exec(source.replace(right, wrong), vars(module))
+        if name == file:
+            assert source.count(right) == 1, f"{right!r} is no longer one place in {file}.py"
+            source = source.replace(right, wrong)
+        modules[name] = types.ModuleType(name)
+        exec(compile(source, f"{name}.py", "exec"), vars(modules[name]))
     modules["model"].Cache.WINDOW = WINDOW
-    vars(modules["control"]).update(Cache=modules["model"].Cache, Kept=lambda tensor: [tensor])
-    assert found == 1
+    modules["control"].Cache = modules["model"].Cache
+    modules["control"].GPT = modules["model"].GPT
     return modules["control"]
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_caught(gpu, fault, monkeypatch):
-    module, truth = broken(*FAULTS[fault]), TRUTH or drawn(gpu)
-    TRUTH[:] = truth
-    try:
-        replayed = drawn(gpu, module)
-    except RuntimeError as error:
-        assert "captured step" in str(error) or "devices" in str(error) or "CPU gen" in str(error)
+RIGHT = read_modules()
+
+
+def random_net(gradient_head):
+    torch.manual_seed(1)
+    value = ValueNet(8, 4, gradient_head, reads_so_far=False)
+    value.std.uniform_(0.5, 2)
+    for weight in value.parameters():
+        torch.nn.init.normal_(weight)
+    return value.requires_grad_(False)
+
+
+def random_model(control, dtype):
+    torch.manual_seed(0)
+    model = control.GPT(Config(20, 60, 8, 1, 2, 16, bos_id=0, eos_ids=[3]))
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            torch.nn.init.normal_(weight, std=0.7)
+    return model.to(dtype).eval().requires_grad_(False)
+
+
+def controllers(control, place, kind="g"):
+    """-> the controllers with which texts are drawn, one after the other"""
+    value = place(random_net(gradient_head=kind != "V"))
+    steps = 3 if kind == "steps" else 1
+    push = lambda hidden: control.ascend(value, hidden, steps, 0.5 / steps)             # noqa: E731
+    pull = lambda hidden: control.ascend(value, hidden, steps, -0.5 / steps)            # noqa: E731
+    return {"none": [None], "two": [push, pull]}.get(kind, [push])
+
+
+def draw(control, place, kind="g", dtype=torch.float32, **how):
+    """-> a Rollout a controller, each of 5 texts in batches of 2; and the model"""
+    model = place(random_model(control, dtype))
+    prompts = [list(range(length)) for length in LENGTHS]
+    table = control.uniform_table(len(prompts), N_TOKENS, 2)
+    how = {"record": True, **how}
+    rollouts = [control.generate(model, prompts, table, controller, batch=2, **how)
+                for controller in controllers(control, place, kind)]
+    hidden = model(table.new_ones(1, 3).long() if place is on_cpu else Device(torch.ones(1, 3).long()))
+    return rollouts, hidden                                                 # a pass without a cache
+
+
+def on_cpu(module):
+    return module
+
+
+def columns(rollout):
+    """What means something, on the CPU: entries up to each text's end"""
+    mask = off(rollout.mask)
+    return [mask] + [off(column)[mask] for column in vars(rollout).values() if column.size(1)]
+
+
+def check_draws(control, rollout, kind="g", dtype=torch.float32, record=True, **how):
+    """Each token is the one that its uniform chooses in the CDF of the state that was recorded."""
+    if not record:
         return
-    assert any(a.shape != b.shape or not torch.equal(a, b) for a, b in zip(truth, replayed))
-    monkeypatch.setattr(module.Sampler, "advance", lambda self: self.step())
-    for a, b in zip(truth, drawn(gpu, module)):                 # seen by nothing but the replay
-        torch.testing.assert_close(a, b, atol=0, rtol=0)
+    model = random_model(RIGHT, dtype)
+    controller = controllers(RIGHT, on_cpu, kind)[0]
+    mask = off(rollout.mask)
+    log_p, log_q = RIGHT.controlled_log_probs(model, off(rollout.hidden)[mask], controller, **how)
+    probs = log_q.exp()
+    uniform = RIGHT.uniform_table(len(LENGTHS), N_TOKENS, 2)[mask][:, None]
+    truth = (probs.double().cumsum(-1) <= uniform.double()).sum(-1)
+    assert torch.equal(off(rollout.tokens)[mask], truth)
+    kl = (probs * (log_q - log_p)).sum(-1)
+    assert (off(rollout.kl)[mask] - kl).abs().max() < 1e-3
+
+
+def check(gpu, control, **how):
+    """An error where a GPU would fail, or draw what it should not."""
+    step = control.Sampler.step
+
+    def marked(sampler):
+        gpu.begin()
+        step(sampler)
+    control.Sampler.step = marked
+    with gpu:
+        replayed, _ = draw(control, to_device, **how)
+        replays = gpu.replays
+        control.Sampler.step_or_replay = marked
+        eager, _ = draw(control, to_device, **how)
+    for one, other in zip(replayed, eager):
+        assert all(isinstance(column, Device) for column in vars(one).values())
+        assert all(map(torch.equal, columns(one), columns(other))), "replayed and eager differ"
+    check_draws(control, replayed[0], **how)
+    return replays
+
+
+CASES = {
+    "g": {},
+    "without control": {"kind": "none"},
+    "V differentiated": {"kind": "V"},
+    "steps": {"kind": "steps", "record": False},
+    "two controllers": {"kind": "two"},
+    "a budget": {"max_kl": 0.05},
+    "temperature": {"temperature": 0.7, "top_p": 0.8},
+    "bfloat16": {"dtype": torch.bfloat16},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_replayed_steps_are_eager_steps(gpu, case):
+    assert check(gpu, read_modules(), **CASES[case]) > 10
+
+
+def test_the_pretended_gpu_draws_what_the_cpu_draws(gpu):
+    with gpu:
+        there, _ = draw(read_modules(), to_device, record=False)
+    here, _ = draw(RIGHT, on_cpu)
+    assert all(map(torch.equal, columns(there[0])[:2], columns(here[0])[:2]))       # mask and tokens
+    assert not here[0].mask.all() and here[0].mask.any(0).all()         # some end, not all
