@@ -50,7 +50,7 @@ from model import InputError, find_file, load, read_json
 class ValueNet(nn.Module):
     """V and g on one hidden layer. To try another activation or depth, change `body`."""
 
-    def __init__(self, n_embd, width=64, gradient_head=True, reads_so_far=True):
+    def __init__(self, n_embd, width=32, gradient_head=True, reads_so_far=True):
         super().__init__()
         self.reads_so_far = reads_so_far
         self.body = nn.Sequential(nn.Linear(n_embd, width), nn.Tanh())

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 PLACE = torch.device("meta")        # the device that they name: every build of torch knows it
 aten = torch.ops.aten
 READS = {aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal, aten._unique2,
-         aten.unique_dim, aten.unique_consecutive, aten.is_nonzero, aten.repeat_interleave,
+         aten.unique_dim, aten.unique_consecutive, aten.is_nonzero, aten.allclose, aten.repeat_interleave,
          aten.bincount, aten._linalg_check_errors, aten._to_cpu}
 HELD = weakref.WeakValueDictionary()        # the Device tensors that the program still holds
 

@@ -1,11 +1,11 @@
 """
-The two scripts as a user runs them: the main job, bad input in one line, what is shown and drawn.
+The two scripts as a user runs them: the main job, bad input in one line, and what is shown.
 """
-import math
+import io
+import os
 import re
 import subprocess
 import sys
-import xml.etree.ElementTree as ElementTree
 
 import pytest
 import torch
@@ -13,8 +13,9 @@ from conftest import ROOT
 
 import sample
 import train_value
-from model import InputError, load
-from value import ValueNet
+from control import ascend, controlled_log_probs, generate, uniform_table
+from model import InputError, load, run_script
+from value import ValueNet, load_reward, sentiment
 
 TOY = ROOT / "tests" / "toy"
 
@@ -23,15 +24,8 @@ TOY = ROOT / "tests" / "toy"
 def net(tmp_path_factory):
     """A value net of few rollouts."""
     path = tmp_path_factory.mktemp("net") / "value.pt"
+    train_value.HELD_OUT = 200
     train_value.main(["--rollouts", "600", "--out", str(path)])
-    return path
-
-
-@pytest.fixture(scope="module")
-def default_net(tmp_path_factory):
-    """What the README's first command trains."""
-    path = tmp_path_factory.mktemp("default") / "value.pt"
-    train_value.main(["--out", str(path)])
     return path
 
 
@@ -43,50 +37,83 @@ def run(script, *arguments, cwd=ROOT):
 def test_the_main_job_from_any_folder(tmp_path):
     """From another folder the default model is found beside the scripts, the net where one is."""
     trained = run("train_value.py", "--rollouts", "400", cwd=tmp_path)
-    assert trained.returncode == 0 and trained.stderr == "", trained.stderr
-    assert re.search(r"R\^2 of V .*-?\d\.\d{3}", trained.stdout)
+    assert trained.returncode == 0, trained.stderr
+    assert re.search(r"R\^2 of V .*-?\d\.\d{3}, of the reward so far alone", trained.stdout)
+    assert "rollouts drawn 400 of 400" in trained.stderr            # a log shows how far it is
     drawn = run("sample.py", "--samples", "300", cwd=tmp_path)
-    assert drawn.returncode == 0 and drawn.stderr == "", drawn.stderr
-    assert float(re.search(r"gain ([+-]\S+)", drawn.stdout)[1]) > 0.2
-    assert "\033" not in drawn.stdout and max(map(len, drawn.stdout.splitlines())) <= 100
+    assert drawn.returncode == 0, drawn.stderr
+    assert float(re.search(r"strength 1 +\S+ +(\S+)", drawn.stdout)[1]) > 0.2
+    assert "\033" not in drawn.stdout
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["out", "value.pt"]
 
 
-BAD = [(["train_value.py", "--model", "nowhere"], "no config.json there"),
-       (["train_value.py", "--prompts", "absent.txt"], "absent.txt: cannot be read"),
-       (["train_value.py", "--prompts", "empty.txt"], "empty.txt is empty"),
-       (["train_value.py", "--reward", "constant.py:reward"], "every text has the reward 5"),
-       (["train_value.py", "--reward", "constant.py:nan"], "not.*finite|0 of them"),
-       (["train_value.py", "--tokens", "64"], "exceed the model's context of 64"),
-       (["train_value.py", "--tokens", "0"], "1 or more"), (["train_value.py", "--rate", "3"], "--rate"),
-       (["train_value.py", "--out", "empty.txt"], "empty.txt: no value net"),
-       (["train_value.py", "--out", "empty.txt/v.pt"], "cannot be written"),
-       (["train_value.py", "--device", "tpu"], "invalid choice: 'tpu'"),
-       (["sample.py"], "out/value.pt: no value net.*train one"),
-       (["sample.py", "--value", "empty.txt"], "no value net"),
-       (["sample.py", "--temperature", "0"], "above 0")]
+BAD = [(train_value, ["--model", "nowhere"], "no config.json"),
+       (train_value, ["--prompts", "absent.txt"], "absent.txt"),
+       (train_value, ["--prompts", "empty.txt"], "empty.txt"),
+       (train_value, ["--prompts", "long.txt"], "exceed the model's context of 64"),
+       (train_value, ["--reward", "constant.py:reward"], "choose a --reward that varies"),
+       (train_value, ["--reward", "constant.py:nan"], "0 of them finite"),
+       (train_value, ["--tokens", "64"], "exceed the model's context of 64"),
+       (train_value, ["--rollouts", "999999999"], "999999999 rollouts x 32 tokens x 64 numbers need"),
+       (train_value, ["--out", "empty.txt"], "empty.txt: no value net"),
+       (train_value, ["--out", "empty.txt/v.pt"], "cannot be written"),
+       (train_value, ["--out", "x" * 300], "cannot be written"),
+       (sample, [], "out/value.pt: no value net.*train one"),
+       (sample, ["--value", "empty.txt"], "no value net")]
 
 
-@pytest.mark.parametrize("command, message", BAD, ids=[" ".join(command) for command, _ in BAD])
-def test_bad_input_gets_one_line_and_exit_code_2(tmp_path, command, message):
+@pytest.mark.parametrize("script, arguments, message", BAD, ids=[" ".join(case[1])[:40] for case in BAD])
+def test_bad_input_gets_one_line_before_any_draw(tmp_path, monkeypatch, capsys, script, arguments, message):
     (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "long.txt").write_text("the\n" * 9 + "the " * 60)
     (tmp_path / "constant.py").write_text("def reward(texts): return [5.0] * len(texts)\n"
                                           "def nan(texts): return [float('nan')] * len(texts)\n")
-    done = run(*command, *["--rollouts", "50"] * (command[0] == "train_value.py"), cwd=tmp_path)
-    assert done.returncode == 2, done.stderr
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1 and re.search(message, lines[0]), done.stderr
+    monkeypatch.chdir(tmp_path)
+    if "constant.py:reward" not in arguments:
+        monkeypatch.setattr(script, "generate", None)               # nothing may be drawn
+    if script is train_value and "--rollouts" not in arguments:
+        arguments = arguments + ["--rollouts", "50"]
+    with pytest.raises(SystemExit) as error:
+        run_script(lambda: script.main(arguments))
+    lines = [line for line in capsys.readouterr().err.splitlines() if " of 50" not in line]
+    assert error.value.code == 2 and len(lines) == 1 and re.search(message, lines[0]), lines
     assert not (tmp_path / "out").exists() and (tmp_path / "empty.txt").read_text() == "\n"
+
+
+WRONG = [(train_value, ["--tokens", "0"], "1 or more"), (train_value, ["--rate", "3"], "--rate"),
+         (train_value, ["--seed", str(2 ** 64)], "below 2"), (train_value, ["--device", "tpu"], "tpu"),
+         (sample, ["--temperature", "0"], "above 0"), (sample, ["--strength", "x"], "list of numbers"),
+         (sample, ["--top-p", "nan"], "above 0"), (sample, ["--strength", "nan"], "within")]
+
+
+@pytest.mark.parametrize("script, arguments, message", WRONG, ids=[" ".join(case[1]) for case in WRONG])
+def test_wrong_arguments_are_named(capsys, script, arguments, message):
+    with pytest.raises(SystemExit) as error:
+        script.main(arguments)
+    assert error.value.code == 2 and re.search(message, capsys.readouterr().err.splitlines()[-1])
+
+
+def test_the_net_is_saved_before_the_report(tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train_value, "report", stop)
+    monkeypatch.setattr(train_value, "HELD_OUT", 10)
+    with pytest.raises(SystemExit) as error:
+        run_script(lambda: train_value.main(["--rollouts", "300", "--out", str(tmp_path / "v.pt")]))
+    assert error.value.code == 130 and ValueNet.load(tmp_path / "v.pt").info["rollouts"] == 300
+
+
+def test_a_closed_pipe_ends_without_a_traceback(net):
+    command = f"{sys.executable} {ROOT / 'sample.py'} --value {net} --samples 20 --show 20 | head -n 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60)
+    assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
 
 
 def test_another_run_says_what_it_replaces(net, tmp_path, capsys):
     path = tmp_path / "v.pt"
     path.write_bytes(net.read_bytes())
-    train_value.main(["--rollouts", "300", "--method", "plain", "--out", str(path)])
-    line = capsys.readouterr().out.splitlines()[0]
-    assert "will be replaced" in line and "rollouts 600" in line and "method q" in line
-    train_value.main(["--rollouts", "300", "--method", "plain", "--out", str(path)])
-    assert "the same settings" in capsys.readouterr().out
+    train_value.check_out(path)
+    assert "v.pt will be replaced: q, reward sentiment, 600 rollouts, seed 1" in capsys.readouterr().out
 
 
 def test_divergence_is_named(monkeypatch, tmp_path):
@@ -96,17 +123,43 @@ def test_divergence_is_named(monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def gains(net, capsys, *arguments):
+def test_a_reward_of_the_users_that_changes_folder_does_not_move_the_net(tmp_path, monkeypatch, capsys):
+    (tmp_path / "moves.py").write_text("import os\nfrom value import sentiment\n"
+                                       "def reward(texts):\n  os.chdir('/')\n  return sentiment(texts)\n")
+    monkeypatch.chdir(tmp_path)
+    train_value.main(["--rollouts", "300", "--tokens", "8", "--reward", "moves.py:reward", "--out", "v.pt"])
+    assert (tmp_path / "v.pt").exists()
+
+
+# -------------------------------------------------------------------------------------- sample.py
+
+def rows_of(net, capsys, *arguments):
+    """-> {label: [reward, gain, error, KL a text, ..]} of the table"""
     sample.main(["--value", str(net), "--samples", "300", "--show", "0", *arguments])
-    return float(re.search(r"gain ([+-]\S+)", capsys.readouterr().out)[1])
+    table = capsys.readouterr().out.splitlines()
+    return {line[:18].strip(): [float(cell) for cell in line[18:].split()]
+            for line in table if line.startswith(("without", "strength"))}
 
 
 def test_strength_is_one_dial_both_ways(net, capsys):
-    assert gains(net, capsys, "--strength", "0") == 0
-    assert gains(net, capsys, "--strength", "2") > gains(net, capsys, "--strength", "3e-1") > 0.05
-    assert gains(net, capsys, "--strength", "-1e-0") < -0.2
-    assert abs(gains(net, capsys, "--steps", "4") - gains(net, capsys)) < 0.2
-    assert 0.02 < gains(net, capsys, "--max-kl", "0.01") < gains(net, capsys)
+    rows = rows_of(net, capsys, "--strength=-1,0,0.3,1,2")
+    gains = {label: cells[1] for label, cells in rows.items()}
+    assert gains["without control"] == gains["strength 0"] == 0
+    assert gains["strength -1"] < -0.2 < 0.05 < gains["strength 0.3"] < gains["strength 1"]
+    nats = [rows[f"strength {s}"][3] for s in ("0", "0.3", "1", "2")]
+    assert nats == sorted(nats) and nats[0] == 0
+
+
+def test_steps_budget_and_radius_bound_control(net, capsys):
+    once = rows_of(net, capsys)["strength 1"]
+    steps = rows_of(net, capsys, "--steps", "4")["strength 1"]
+    budget = rows_of(net, capsys, "--max-kl", "0.01")["strength 1"]
+    small = rows_of(net, capsys, "--radius", "0.1")["strength 1"]
+    assert abs(steps[1] - once[1]) < 0.2
+    assert 0.02 < budget[1] < once[1] and budget[4] <= 0.01
+    assert 0 < small[3] < once[3]
+    nucleus = rows_of(net, capsys, "--top-p", "0.5")
+    assert nucleus["without control"][5] < 3 and nucleus["strength 1"][1] > 0
 
 
 def test_another_models_net_is_refused(net, tmp_path):
@@ -117,7 +170,71 @@ def test_another_models_net_is_refused(net, tmp_path):
         sample.main(["--value", str(tmp_path / "v.pt")])
 
 
-# ------------------------------------------------------------------------------------------ the trace
+def test_a_nets_code_is_not_run_unless_named(net, tmp_path):
+    """A net may come from anyone; its info names a reward's file."""
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\ndef f(texts): return [0.0]\n")
+    value = ValueNet.load(net)
+    for name in ("evil.py:f", "evil.py"):
+        value.save(tmp_path / "v.pt", load(TOY)[0], value.info | {"reward": str(tmp_path / name)})
+        with pytest.raises(InputError, match="run only if you name it: --reward"):
+            sample.main(["--value", str(tmp_path / "v.pt")])
+    assert not (tmp_path / "ran").exists()
+
+
+def test_v_is_shown_for_its_own_reward_only(net, tmp_path, capsys):
+    (tmp_path / "r.py").write_text("def short(texts): return [-len(t) for t in texts]\n")
+    common = ["--value", str(net), "--samples", "3", "--show", "1"]
+    for more, shown in (([], True), (["--reward", f"{tmp_path / 'r.py'}:short"], False), (["--tokens", "9"], False)):
+        sample.main(common + more)
+        out = capsys.readouterr().out
+        assert ("under the words: V" in out) == shown
+        assert ("no line of V: it forecasts sentiment of texts of 32 tokens" in out) == (not shown)
+
+
+def traced(net):
+    """The first text of a rollout under control, as sample.main traces it"""
+    model, tokenizer = load(TOY)
+    value = ValueNet.load(net)
+    prompts = [[model.config.bos_id] + tokenizer.encode("the")]
+
+    def push(hidden):
+        return ascend(value, hidden, 1, 2.0)
+    rollout = generate(model, prompts, uniform_table(1, 20, 3), push)
+    text = sample.trace(model, tokenizer, value, load_reward("sentiment"), prompts, rollout, 0,
+                        lambda hidden: controlled_log_probs(model, hidden, push))
+    return model, tokenizer, value, prompts[0], rollout, text
+
+
+def test_the_trace_shows_v_nats_and_kl_of_the_text(net):
+    model, tokenizer, value, prompt, rollout, text = traced(net)
+    drawn = rollout.drawn(0)
+    assert len(text["V"]) == len(text["nats"]) == len(drawn)
+    for t in range(1, len(drawn)):
+        tokens = prompt + drawn[:t]
+        hidden = model(torch.tensor([tokens]))[:, -1]
+        truth = value(hidden, torch.tensor(sentiment([tokenizer.decode(tokens)])))
+        torch.testing.assert_close(text["V"][t - 1], truth.item(), atol=1e-4, rtol=1e-4)
+    assert text["V"][-1] == sentiment([tokenizer.decode(prompt + drawn)])[0]
+    torch.testing.assert_close(sum(text["kl"]), rollout.kl[0, :len(drawn)].sum().item())
+    nats = (rollout.log_q - rollout.log_p)[0, :len(drawn)]
+    torch.testing.assert_close(torch.tensor(text["nats"]), nats)
+
+
+def test_nats_stand_behind_words_that_moved_and_blocks_under_them():
+    text = {"pieces": [(" truly", [0]), (" funny", [1]), (" 漢", [2]), (" and", [3])],
+            "nats": [0.29, 0.61, -0.3, 0.0], "V": [0.0, 1.0, 0.5, -1.0]}
+    words, blocks = sample.lines(text, -1.0, 1.0)
+    assert words == " truly funny(+0.6) 漢(-0.3) and"
+    assert blocks == " ▄     █           ▆        ▁"           # 漢 takes two columns
+    assert sample.lines(text | {"V": None}, 0.0, 0.0) == [words]
+
+
+def test_long_texts_are_wrapped_with_their_blocks():
+    text = {"pieces": [(" word", [t]) for t in range(40)], "nats": [0.0] * 40, "V": [1.0] * 40}
+    lines = sample.lines(text, 0.0, 1.0)
+    assert len(lines) == 6 and max(map(len, lines)) <= sample.COLUMNS
+    assert "".join(lines[0::2]) == " word" * 40 and "".join(lines[1::2]).count("█") == 40
+
 
 def test_tokens_that_share_a_character_stay_together():
     tokenizer = load(TOY)[1]
@@ -127,78 +244,27 @@ def test_tokens_that_share_a_character_stay_together():
     assert sum((places for _, places in found), []) == list(range(len(tokens)))
 
 
-def test_lines_break_before_the_margin_and_know_wide_characters():
-    rows = sample.lines([("x" * 40, [0]), ("漢" * 30, [1]), ("y" * 5, [2])])
-    assert [[column for column, _, _ in row] for row in rows] == [[0], [0, 60]]
+def test_control_characters_do_not_reach_the_terminal(net, capsys):
+    sample.main(["--value", str(net), "--samples", "2", "--show", "2", "--prompt", "the\033[2J\u202e cast"])
+    out = capsys.readouterr().out
+    assert "\033" not in out and "\u202e" not in out and "the⏎[2J⏎ cast" in out
 
 
-def test_levels_are_fixed_thirds_of_two_nats():
-    assert [sample.level(x) for x in (0, .3, .4, 1, 1.7, 9)] == [0, 0, 1, 2, 3, 3]
-    assert [sample.level(-x) for x in (0, .3, .4, 1.1, 1.7, 9)] == [0, 0, -1, -2, -3, -3]
-    low, flat = {"V": [-1, 0, 1]}, {"V": [1, 1]}
-    assert sample.course(low, [low, flat]) == "V -1.00 ▁▄█ +1.00"
-    assert sample.course(flat, [flat]) == "V +1.00 ▁▁ +1.00"
+def test_the_ascend_that_is_read_is_the_one_that_runs(net, monkeypatch, capsys):
+    """A student's body of ascend that returns zeros makes controlled texts the uncontrolled ones."""
+    def zeros(value, hidden, steps, step_size, radius):
+        return torch.zeros_like(hidden)
+    monkeypatch.setattr(sample, "ascend", zeros)
+    rows = rows_of(net, capsys)
+    assert rows["strength 1"] == rows["without control"]
 
 
-def test_signs_stand_under_the_tokens_they_belong_to(net, capsys, monkeypatch):
-    monkeypatch.delenv("FORCE_COLOR", raising=False)
-    text = {"reward": 1.0, "prompt": "the", "V": [0.0, 1.0, 1.0], "kl": [0.1, 0.2, 0.0], "largest": ["x"],
-            "moved": ["y"], "gain": [2.0, -0.7, 0.0],
-            "lines": sample.lines([(" good", [0]), (" day", [1]), (" out", [2])])}
-    sample.show("with control", text, [text], colour=False)
-    body = capsys.readouterr().out.splitlines()
-    assert body[1] == "   good day out" and body[2].rstrip() == "   +++  -"
-    sample.show("with control", text, [text], colour=True)
-    assert "\033[30;48;5;69m good\033[0m\033[30;48;5;223m day\033[0m out" in capsys.readouterr().out
-
-
-def test_colour_is_for_terminals_or_on_request(net, capsys, monkeypatch):
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    sample.main(["--value", str(net), "--samples", "20", "--show", "5", "--strength", "4"])
-    forced = capsys.readouterr().out
-    monkeypatch.delenv("FORCE_COLOR")
-    sample.main(["--value", str(net), "--samples", "20", "--show", "5", "--strength", "4"])
-    assert "\033[" in forced and "\033[" not in capsys.readouterr().out
-
-
-def test_the_trace_shows_v_and_kl_of_the_text(net):
-    model, tokenizer = load(TOY)
-    value = ValueNet.load(net)
-    prompt, u = [286, 284], sample.uniform_table(1, 20, 3)
-
-    def push(hidden):
-        return sample.ascend(value, hidden, 1, 2.0)
-    rollout = sample.generate(model, [prompt], u, push)
-    reward = sample.load_reward("sentiment")
-    text = sample.trace(model, tokenizer, value, reward, prompt, rollout, 0,
-                        lambda hidden: sample.steer(model, hidden, push))
-    n = int(rollout.mask.sum())
-    beginnings = [tokenizer.decode(prompt + rollout.tokens[0, :t].tolist()) for t in range(n)]
-    hidden = model(torch.tensor([prompt + rollout.tokens[0, :n].tolist()]))[0, 1:-1]
-    truth = reward(beginnings) + value(hidden)
-    torch.testing.assert_close(torch.tensor(text["V"]).double(), truth.double(), atol=1e-4, rtol=1e-4)
-    assert math.isclose(sum(text["kl"]), rollout.kl[0, :n].sum().item(), rel_tol=1e-5)
-
-
-def test_the_picture_is_valid_xml_with_every_token(net, tmp_path, capsys):
-    (tmp_path / "r.py").write_text("def reward(texts): return [t.count('<') for t in texts]")
-    sample.main(["--value", str(net), "--samples", "4", "--show", "1", "--svg", str(tmp_path / "a" / "t.svg"),
-                 "--prompt", "a <b> & \"c\"", "--reward", f"{tmp_path / 'r.py'}:reward"])
-    root = ElementTree.parse(tmp_path / "a" / "t.svg").getroot()
-    texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
-    assert sum('a <b> & "c" ..' in text for text in texts) == 2
-    assert len(list(root.iter("{http://www.w3.org/2000/svg}title"))) == len(texts) - 4      # labels, V
-
-
-@pytest.mark.parametrize("name, options", [("trace", []),
-                                           ("overdose", ["--radius", "1000", "--strength", "16"])])
-def test_the_readmes_picture_is_what_its_command_draws(default_net, tmp_path, name, options):
-    sample.main(["--value", str(default_net), "--svg", str(tmp_path / "new.svg"), *options])
-
-    def seen(path):                     # tokens and tints; numbers may differ in the last digit
-        drawn = ElementTree.parse(path).iter()
-        return [node.text if node.tag.endswith("text") else node.get("fill") for node in drawn
-                if node.tag.endswith(("text", "rect")) and not (node.text or "").startswith("V ")]
-    committed = ROOT / "tests" / "evidence" / f"{name}.svg"
-    assert f"{name}.svg" in (ROOT / "README.md").read_text()
-    assert seen(tmp_path / "new.svg") == seen(committed) and len(seen(committed)) > 20
+def test_a_notebooks_output_and_one_without_blocks_are_enough(net, monkeypatch):
+    """In a notebook sys.stdout cannot be reconfigured; on Windows it may be cp1252."""
+    class Notebook(io.TextIOBase):
+        def write(self, text):
+            return len(text)
+    for stream in (Notebook(), io.TextIOWrapper(io.BytesIO(), encoding="cp1252")):
+        monkeypatch.setattr(sys, "stdout", stream)
+        run_script(lambda: sample.main(["--value", str(net), "--samples", "2"]))
+        stream.flush()

@@ -1,70 +1,114 @@
 """
 What control by a value function has to beat.
 
-    static      one direction for all states: h + size d, d by ridge regression of the reward
-                (static-h0: from the first state of each text alone)
-    guided      p_u(y) ~ p(y) exp(size (V(h') - V(h))), h' the state after y, which the model is run
-                to find, for the likeliest candidates y (value-guided decoding, as in FUDGE, Yang
-                and Klein 2021, and in controlled decoding, Mudgal et al. 2024)
-    best_of_n   draw n texts, keep the one with the highest reward
+    static      one direction for all states: u = size d, d by ridge regression of the reward
+    look-ahead  p_u(y) ~ p(y) exp(size (V(h') - V(h))), h' the state after y, which the model is run
+                to find, for the likeliest candidates y (value-guided decoding, as in FUDGE, Yang and
+                Klein 2021, and in controlled decoding, Mudgal et al. 2024)
+    LM-Steer    u = size A h, A by likelihood of the best quarter of the texts (Han et al. 2024, arXiv
+                2305.12798): the nearest published relative of a push on the last hidden state
+    RAD-Q       u = size B h: Q(h, y) = a . h + (B h) . W[y] by squared error to the text's reward, a
+                weight that grows along the text (Deng and Raffel 2023, arXiv 2310.09520, with the
+                low-rank head of Troshin et al. 2024, arXiv 2407.04615, as we read them)
+    best of n   draw n texts, keep the one with the highest reward
     literal     the paper's net and optimizer to the letter, but four passes over the rollouts
 
-`static` returns control(hidden, step_size) -> u, as control.step_for_kl takes it, `guided` texts,
-`literal` a net to climb in 30 steps. finetune.py is DPO.
+static, lm_steer and rad_q return controller_at(hidden, size) -> u, as control.step_for_kl takes it.
+finetune.py is DPO.
 """
 import math
 
 import torch
 import torch.nn as nn
 
-from control import Rollout, Sampler
+from control import Sampler
 from value import ValueNet, bellman_targets
 
-def regression(hidden, outcome, std, ridge):
-    """States (n, n_embd) and outcomes (n,) -> d (n_embd,), uphill in the states' own units"""
-    x = hidden.float() / std
-    x, y = x - x.mean(0), (outcome - outcome.mean()).float()
-    gram = x.T @ x
-    gram.diagonal().add_(ridge * gram.diag().mean())
-    return torch.linalg.solve(gram, x.T @ y) * std
 
-def static(rollout, outcome, first=False, ridge=3.0):
+def static(rollout, outcome, ridge=3.0):
     """
-    A Rollout with states and its rewards (N,) -> control, from all states or the first of each
-    text (with one prompt these hold nothing). The ridge is in units of the mean squared feature; 3
-    is best, or nearly, on the reviews.
+    A Rollout with states and its rewards (N,) -> controller_at, the same u everywhere.
+
+    The ridge is in units of the mean squared feature; 3 is best, or nearly, on the reviews.
     """
-    mask, std = rollout.mask.clone(), rollout.hidden[rollout.mask].float().std(0)
-    mask[:, 1:] &= not first
-    outcome = outcome.to(mask.device)[:, None].expand(mask.shape)[mask]
-    direction = regression(rollout.hidden[mask], outcome, std, ridge)
+    mask = rollout.mask
+    hidden = rollout.hidden[mask].float()                                       # (n, n_embd)
+    reward = outcome.float().to(hidden.device)[:, None].expand(mask.shape)[mask]
+    std = hidden.std(0)
+    x = (hidden - hidden.mean(0)) / std
+    gram = x.T @ x
+    gram.diagonal().add_(ridge * gram.diagonal().mean())
+    direction = torch.linalg.solve(gram, x.T @ (reward - reward.mean())) * std
     return lambda hidden, size: (size * direction).expand(len(hidden), -1)
 
-def look_ahead(model, value, cache, hidden, size, candidates):
-    """hidden (B, n_embd) -> log p and log p_u (B, n_vocab); the cache is as before"""
-    log_p, here = model.unembed(hidden).log_softmax(-1), value(hidden)
-    tokens = log_p.topk(min(candidates, log_p.size(-1))).indices            # (B, candidates)
-    change = torch.zeros_like(log_p)
-    for column in tokens.split(1, dim=1):                                   # (B, 1)
-        after = value(model(column, cache)[:, 0])
-        cache.lengths -= 1                  # the next token is written over this one
-        cache.used -= 1
-        change.scatter_(1, column, (after - here)[:, None])
-    change[:, model.config.ends] = 0        # no text goes on after an end: V was not trained there
-    return log_p, (log_p + size * change).log_softmax(-1)
 
-@torch.no_grad()
-def guided(model, value, prompts, uniforms, size, candidates=20, batch=128):
-    """-> a Rollout, as control.generate; every token costs `candidates` more runs of the model"""
-    (N, T), longest = uniforms.shape, max(map(len, prompts))
-    batch, parts = min(batch, N), []
-    sampler = Sampler(model, batch, longest + T, T, False, lambda hidden: look_ahead(
-        model, value, sampler.cache, hidden, size, candidates))
-    for start in range(0, N, batch):
-        rows = [i % N for i in range(start, start + batch)]                 # the last is filled
-        out = sampler.run([prompts[i] for i in rows], uniforms[rows])
-        parts.append([column[:N - start].clone() for column in vars(out).values()])
-    return Rollout(*map(torch.cat, zip(*parts)))
+@torch.enable_grad()
+def lm_steer(model, rollout, outcome, seed, epochs=4, rate=1e-3, batch=32):
+    """A Rollout with states and its rewards (N,) -> controller_at; A starts from no control"""
+    torch.manual_seed(seed)
+    best = outcome.topk(len(outcome) // 4).indices.to(rollout.mask.device)
+    n_embd = rollout.hidden.size(-1)
+    A = torch.zeros(n_embd, n_embd, device=best.device, requires_grad=True)
+    optimizer = torch.optim.Adam([A], lr=rate)
+    for _ in range(epochs):
+        for rows in best[torch.randperm(len(best))].split(batch):
+            hidden = rollout.hidden[rows][rollout.mask[rows]].float()           # (n, n_embd)
+            logits = model.unembed(hidden + hidden @ A.T)
+            loss = nn.functional.cross_entropy(logits, rollout.tokens[rows][rollout.mask[rows]])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    A.requires_grad_(False)
+    return lambda hidden, size: size * hidden.float() @ A.T
+
+
+@torch.enable_grad()
+def rad_q(model, rollout, outcome, seed, epochs=4, rate=1e-3, batch=64):
+    """The same for RAD-Q; states and outcomes standardised, as for q"""
+    torch.manual_seed(seed)
+    W = model.wte.weight.float()
+    n_embd = W.size(1)
+    std, mean = torch.std_mean(rollout.hidden[rollout.mask].float(), 0)
+    reward = ((outcome - outcome.mean()) / outcome.std()).float().to(W.device)
+    head = nn.Linear(n_embd, 1 + n_embd).to(W.device)                           # a, and B
+    nn.init.zeros_(head.weight)
+    optimizer = torch.optim.Adam(head.parameters(), lr=rate)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(reward)).split(batch):
+            out = head((rollout.hidden[rows].float() - mean) / std)             # (B, T, 1 + n_embd)
+            Q = out[..., 0] + (out[..., 1:] * W[rollout.tokens[rows]]).sum(-1)
+            weight = rollout.mask[rows].cumsum(1) * rollout.mask[rows]          # 1, 2, .. along a text
+            loss = (weight * (Q - reward[rows, None]) ** 2).sum() / weight.sum()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    head.requires_grad_(False)
+    return lambda hidden, size: size * head((hidden.float() - mean) / std)[..., 1:]
+
+
+class LookAhead(Sampler):
+    """Control by V of the states that may come next: `candidates` more runs of the model a token"""
+
+    def __init__(self, *settings, value, size, candidates=20):
+        super().__init__(*settings)
+        self.value = value
+        self.size = size
+        self.candidates = candidates
+
+    def log_probs(self, hidden):
+        """hidden (B, n_embd) -> log p, log p_u (B, n_vocab); the cache is as before"""
+        log_p = self.model.unembed(hidden).log_softmax(-1)
+        here = self.value(hidden).float()                                       # (B,)
+        tokens = log_p.topk(min(self.candidates, log_p.size(-1))).indices       # (B, candidates)
+        change = torch.zeros_like(log_p)
+        for column in tokens.split(1, dim=1):                                   # (B, 1)
+            after = self.value(self.model(column, self.cache)[:, 0]).float()
+            self.cache.lengths -= 1         # the next token is written over this one
+            self.cache.used -= 1
+            change.scatter_(1, column, (after - here)[:, None])
+        change[:, self.eos_ids] = 0         # no text goes on after an end: V was not trained there
+        return log_p, (log_p + self.size * change).log_softmax(-1)
+
 
 def size_for_kl(texts_at, nats, rounds=12):
     """The size at which texts_at(size), a few texts, cost so many nats, to 5% if it is found"""
@@ -74,11 +118,15 @@ def size_for_kl(texts_at, nats, rounds=12):
         kl = (texts.kl * texts.mask).sum(1).mean().item()
         if abs(kl - nats) < 0.05 * nats:
             break
-        low, high = (size, high) if kl < nats else (low, size)
+        if kl < nats:
+            low = size
+        else:
+            high = size
         size *= max(min(math.sqrt(nats / max(kl, 1e-9)), 10), 0.1)
         if not low < size < high or i % 3 == 2:
             size = (low + min(high, 4 * low)) / 2
     return size
+
 
 def best_of_kl(rewards, n):
     """
@@ -90,19 +138,22 @@ def best_of_kl(rewards, n):
     """
     counts = rewards.flatten().unique(return_counts=True)[1].double()
     at_most = torch.cat([torch.zeros(1).double(), counts.cumsum(0) / counts.sum()])
-    p, p_n = at_most.diff(), (at_most ** n).diff()
+    p = at_most.diff()
+    p_n = (at_most ** n).diff()
     return torch.special.xlogy(p_n, p_n / p).sum().item()
+
 
 def literal(rollout, rewards, seed, epochs=4, batch=64):
     """Rewards r_t (N, T) -> a frozen ValueNet: ReLU, width 4096, Adam at 1e-4, raw states, lam 0"""
     torch.manual_seed(seed)
-    value = ValueNet(rollout.hidden.size(-1), 4096, gradient_head=False).to(rollout.mask.device)
+    value = ValueNet(rollout.hidden.size(-1), 4096, gradient_head=False, reads_so_far=False)
     value.body[1] = nn.ReLU()
+    value.to(rollout.mask.device)
     optimizer = torch.optim.Adam(value.parameters(), lr=1e-4)
     for _ in range(epochs):
         for rows in torch.randperm(len(rewards)).split(batch):
             values = value(rollout.hidden[rows])
-            targets = bellman_targets(values.detach(), rewards[rows], rollout.mask[rows], 0.0)
+            targets = bellman_targets(values.detach(), rewards[rows].float(), rollout.mask[rows], 0.0)
             loss = (values - targets)[rollout.mask[rows]].square().mean()
             optimizer.zero_grad()
             loss.backward()

@@ -1,81 +1,157 @@
 """
-A chart of compare.py's records: gain against KL, with two standard errors over trainings.
+Charts of compare.py's records: gain against KL, with two standard errors over trainings.
 
-    python tests/evidence/chart.py out/toy.jsonl out/toy.svg --methods q,plain,static
+    python -m tests.evidence.chart out/toy.jsonl tests/evidence/frontier.svg --methods q,plain,static
+    python -m tests.evidence.chart out/overdose.jsonl tests/evidence/overdose.svg --methods q \
+        --shown gain,judged,perplexity,distinct
 
-On the tiny language the grey curve is the exact optimum: only chance puts a method above it.
+One panel for each of --shown. On the tiny languages the grey line is the exact optimum, the dotted one
+the most that the mean value can give: only chance puts a method above the first.
 """
 import argparse
-import json
 import math
-from collections import defaultdict
 from pathlib import Path
-from statistics import mean, pstdev
+from statistics import mean, stdev
 
-import numpy as np
+from tests.evidence import records
 
-WIDTH, HEIGHT, LEFT, BOTTOM, LEGEND = 480, 320, 50, 40, 110
-COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c564b"]
+WIDTH, HEIGHT, GAP = 350, 290, 20
+LEFT, TOP, BOTTOM, LEGEND = 52, 26, 42, 120
+COLOURS = ["#0060a0", "#b84a00", "#007a55", "#a0408a", "#8a6a00", "#505050"]
+SIGNS = ["●", "▲", "■", "◆", "▼", "+"]         # told apart without colour
+NAMES = {"gain": "gain in reward", "judged": "gain of the judge", "perplexity": "perplexity",
+         "distinct": "distinct pairs of tokens"}
 
-def read(path, methods):
-    """-> {method: [(kl, gain, error), ..]}, and the optimum [(kl, gain), ..]"""
-    found, optimum = defaultdict(lambda: defaultdict(list)), {(0.0, 0.0)}
-    for line in map(json.loads, Path(path).read_text().splitlines()):
-        optimum |= set(zip(*line.get("optimum", [])))
-        for point in line.get("points", []):
-            if "gain" in point and (not methods or line["method"] in methods):
-                found[line["method"]][point["nats"]].append((point["kl"], point["gain"]))
-    def average(points):
-        kl, gain = zip(*points)
-        return mean(kl), mean(gain), pstdev(gain) / max(len(gain) - 1, 1) ** 0.5
-    return {m: sorted(map(average, found[m].values())) for m in methods or found}, sorted(optimum)
+
+def curve(lines, method, key):
+    """-> [(kl, mean, standard error), ..] of a method, a point a budget"""
+    rows = [line["points"] for line in lines if line["method"] == method]
+    found = []
+    for points in zip(*rows):
+        points = [point for point in points if key in point]
+        if points:
+            numbers = [point[key] for point in points]
+            error = stdev(numbers) / len(numbers) ** 0.5 if len(numbers) > 1 else 0.0
+            found.append((mean(point["kl"] for point in points), mean(numbers), error))
+    return sorted(found)
+
 
 def ticks(low, high):
     """Up to eight round numbers"""
-    step = next(s for s in (.01, .02, .05, .1, .2, .5, 1, 2, 5) if high - low < 8 * s)
-    return [step * i for i in range(math.ceil(low / step), int(high / step) + 1)]
+    sizes = [digit * 10 ** power for power in range(-3, 4) for digit in (1, 2, 5)]
+    step = next(size for size in sizes if high - low < 8 * size)
+    return [step * i for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
-def draw(curves, optimum):
-    points = [point for curve in curves.values() for point in curve]
-    right = 1.05 * max(kl for kl, *_ in points)
-    if optimum[1:]:
-        grid = np.linspace(0, right, 200)                             # its end: the best text
-        optimum = [*zip(grid, np.interp(grid, *zip(*optimum)))]
-    gains = [0] + [gain + sign * 2 * error for _, gain, error in points for sign in (-1, 1)]
-    low, high = min(gains), 1.05 * max(gains + [gain for _, gain in optimum])
 
-    def at(kl, gain):
-        x = LEFT + kl / right * (WIDTH - LEFT - LEGEND)
-        return f"{x:.1f},{(HEIGHT - BOTTOM) * (high - gain) / (high - low):.1f}"
+def thinned(line, right, n=60):
+    """An exact line -> at n KLs from 0 to right"""
+    return [(right * i / n, records.at_kl(line, right * i / n)) for i in range(n + 1)]
 
-    def line(ends, style):
-        return f'<polyline points="{" ".join(at(*end) for end in ends)}" fill="none" {style}/>'
 
-    def text(kl, gain, words, style):
-        return f'<text transform="translate({at(kl, gain)})" {style}>{words}</text>'
-    parts = [line([(0, high), (0, low), (right, low)], 'stroke="#888"'),
-             line([(0, 0), (right, 0)], 'stroke="#ccc"'),
-             line(optimum, 'stroke="#aaa" stroke-width="4"'),
-             text(*max(optimum), "optimum", 'dx="8" dy="4" fill="#888"') if optimum[1:] else "",
-             f'<text x="{LEFT + 8}" y="14">gain in reward</text>',
-             text(right / 2, low, "KL, nats a text", 'dy="34" text-anchor="middle"')]
-    parts += [text(kl, low, f"{kl:.3g}", 'dy="16" text-anchor="middle"') for kl in ticks(0, right)]
-    parts += [text(0, gain, f"{gain:.3g}", 'dx="-6" dy="4" text-anchor="end"')
-              for gain in ticks(low, high)]
-    for i, (method, curve) in enumerate(curves.items()):
-        style = f'stroke="{COLOURS[i % len(COLOURS)]}" stroke-width="1.5"'
-        parts.append(line([point[:2] for point in curve], style))
-        parts += [line([(kl, gain - 2 * e), (kl, gain + 2 * e)], style) for kl, gain, e in curve]
-        parts.append(f'<path d="M{WIDTH - LEGEND + 10} {42 + 18 * i}h16" {style}/>'
-                     f'<text x="{WIDTH - LEGEND + 30}" y="{46 + 18 * i}">{method}</text>')
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 -4 {WIDTH} {HEIGHT + 4}" '
-            f'font-family="sans-serif" font-size="12">\n<rect y="-4" width="{WIDTH}" '
-            f'height="{HEIGHT + 4}" fill="#f4f4f4"/>\n' + "\n".join(parts) + "\n</svg>\n")
+class Panel:
+    """Axes from (0, low) to (right, high), whose left upper corner is at (x, y) of the picture"""
+
+    def __init__(self, x, y, right, low, high, name):
+        self.x, self.y = x + LEFT, y + TOP
+        self.right, self.low, self.high = right, low, high
+        self.parts = []
+        self.line([(0, high), (0, low), (right, low)], 'stroke="#666"')
+        self.text(0, high, name, 'dx="-46" dy="-10"')
+        self.text(right / 2, low, "KL, nats a text", 'dy="34" text-anchor="middle"')
+        for kl in ticks(0, right):
+            self.text(kl, low, f"{kl:.3g}", 'dy="16" text-anchor="middle"')
+        for height in ticks(low, high):
+            self.line([(0, height), (right, height)], 'stroke="#ddd"')
+            self.text(0, height, f"{height:.3g}", 'dx="-6" dy="4" text-anchor="end"')
+
+    def at(self, kl, height):
+        x = self.x + kl / self.right * (WIDTH - LEFT)
+        y = self.y + (self.high - height) / (self.high - self.low) * (HEIGHT - TOP - BOTTOM)
+        return x, y
+
+    def line(self, points, style):
+        ends = " ".join(f"{x:.1f},{y:.1f}" for x, y in (self.at(*point) for point in points))
+        self.parts.append(f'<polyline points="{ends}" fill="none" {style}/>')
+
+    def text(self, kl, height, words, style):
+        x, y = self.at(kl, height)
+        self.parts.append(f'<text x="{x:.1f}" y="{y:.1f}" {style}>{words}</text>')
+
+    def draw(self, points, number):
+        colour = COLOURS[number % len(COLOURS)]
+        self.line([point[:2] for point in points], f'stroke="{colour}" stroke-width="1.5"')
+        for kl, height, error in points:
+            self.line([(kl, height - 2 * error), (kl, height + 2 * error)], f'stroke="{colour}"')
+            sign = SIGNS[number % len(SIGNS)]
+            self.text(kl, height, sign, f'dy="4" font-size="11" text-anchor="middle" fill="{colour}"')
+
+
+def panel(free, lines, methods, key, x, y):
+    """One of --shown -> Panel"""
+    curves = [curve(lines, method, key) for method in methods]
+    right = 1.05 * max(kl for points in curves for kl, *_ in points)
+    exact = {}
+    if key == "gain" and "optimum" in free:
+        exact = {name: thinned(free[name], right) for name in ("optimum", "mean value")}
+    start = {"gain": 0.0, "judged": 0.0}.get(key, free.get(key))        # without control
+    heights = [h + sign * 2 * e for points in curves for _, h, e in points for sign in (-1, 1)]
+    heights += [start] + [h for points in exact.values() for _, h in points]
+    low, high = min(heights), max(heights)
+    room = 0.05 * (high - low)
+    drawn = Panel(x, y, right, low if low == 0 else low - room, high + room, NAMES[key])
+    drawn.text(0, start, "○", 'dy="4" text-anchor="middle"')
+    for name, points in exact.items():
+        style = 'stroke="#999" stroke-width="5"' if name == "optimum" else \
+            'stroke="#000" stroke-dasharray="1 4"'
+        drawn.line(points, style)
+    for number, points in enumerate(curves):
+        drawn.draw(points, number)
+    return drawn
+
+
+def legend(methods, exact, x):
+    """-> the parts of a legend; ○ is the text without control"""
+    parts = []
+    rows = [(SIGNS[i % len(SIGNS)], COLOURS[i % len(COLOURS)], name) for i, name in enumerate(methods)]
+    rows.append(("○", "#000", "no control"))
+    if exact:
+        rows += [("▬", "#999", "optimum"), ("⋯", "#000", "best for E[R]")]
+    for i, (sign, colour, name) in enumerate(rows):
+        parts.append(f'<text x="{x}" y="{TOP + 20 + 19 * i}" fill="{colour}">{sign}</text>'
+                     f'<text x="{x + 18}" y="{TOP + 20 + 19 * i}">{name}</text>')
+    return parts
+
+
+def svg(parts, width, height):
+    """A grey ground of its own: readable on a white page and on a dark one"""
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+            f'width="{width}" font-family="sans-serif" font-size="12" fill="#111">\n'
+            f'<rect width="{width}" height="{height}" rx="6" fill="#f4f4f4"/>\n'
+            + "\n".join(parts) + "\n</svg>\n")
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[1])
+    parser.add_argument("records", type=Path)
+    parser.add_argument("svg", type=Path)
+    parser.add_argument("--methods", help="separated by commas (default: all)")
+    parser.add_argument("--shown", default="gain", help="a panel each: " + ",".join(NAMES))
+    args = parser.parse_args(argv)
+    free, lines = records.read(args.records)
+    methods = list(dict.fromkeys(line["method"] for line in lines))
+    if args.methods:
+        methods = [name for name in args.methods.split(",") if name in methods]
+    shown = args.shown.split(",")
+    parts = []
+    for i, key in enumerate(shown):
+        x, y = i % 2 * (WIDTH + GAP), i // 2 * HEIGHT
+        parts += panel(free, lines, methods, key, x, y).parts
+    columns = min(len(shown), 2)
+    width = columns * WIDTH + (columns - 1) * GAP
+    parts += legend(methods, "optimum" in free, width + GAP)
+    height = math.ceil(len(shown) / 2) * HEIGHT
+    args.svg.write_text(svg(parts, width + GAP + LEGEND, height), encoding="utf-8")
+
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[1])
-    parser.add_argument("records")
-    parser.add_argument("svg", type=Path)
-    parser.add_argument("--methods", default="", help="separated by commas (default: all)")
-    args = parser.parse_args()
-    args.svg.write_text(draw(*read(args.records, args.methods and args.methods.split(","))))
+    main()

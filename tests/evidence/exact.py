@@ -16,17 +16,21 @@ from collections import defaultdict
 import numpy as np
 import torch
 
+from control import Sampler
 from tests.toy import grammar
 
 BETAS = [40, 30, 20, 16, 12, 10, 8, 6, 5, 4, 3.5, 3, 2.5, 2, 1.75, 1.5, 1.25, 1.1, 1, .9, .8, .7,
          .6, .5, .4, .3, .25, .2, .15, .1, .07]
 ENOUGH = 20      # visits before a state's average is trusted; rarer states keep the grammar's own
 
+
 class Exact:
     def __init__(self, model, tokenizer, prompts, rollout, n_tokens, start=grammar.START):
         """rollout: uncontrolled texts with states recorded, the prompts taken in turn"""
         self.spelling = [tokenizer.encoding.decode_single_token_bytes(i).decode(errors="replace")
                          for i in range(model.config.n_vocab)]
+        self.token = {word: i for i, word in enumerate(self.spelling)}
+        self.known = {}                                 # {(state, tokens left): q_values}
         self.n_tokens = n_tokens
         self.states, self.where, parsed = [], [], 0
         for i, (tokens, mask) in enumerate(zip(rollout.tokens.tolist(), rollout.mask)):
@@ -69,7 +73,6 @@ class Exact:
             for state, p in zip(self.states[i:i + 4096], probs):
                 total[state] += p
                 visits[state] += 1
-        index = {spelling: i for i, spelling in enumerate(self.spelling)}
         table = {}
 
         def transitions(state):
@@ -78,7 +81,7 @@ class Exact:
             if state not in table:
                 following = defaultdict(float)
                 for _, token, after in grammar.choices(state):
-                    following[after] += total[state][index[token]]
+                    following[after] += total[state][self.token[token]]
                 mass = sum(following.values())
                 table[state] = {after: p / mass for after, p in following.items()}
             return table[state]
@@ -89,3 +92,59 @@ class Exact:
         rows, columns = zip(*self.where)
         return torch.tensor([self.chain.value(state, self.n_tokens - t)
                              for state, t in zip(self.states, columns)]), (rows, columns)
+
+    def q_values(self, state, left):
+        """The exact value of drawing each token (n_vocab,); of one not in the language, V's own"""
+        if (state, left) not in self.known:
+            values = torch.full((len(self.spelling),), self.chain.value(state, left)).double()
+            for _, word, following in grammar.choices(state):
+                values[self.token[word]] = self.chain.value(following, left - 1)
+            self.known[state, left] = values
+        return self.known[state, left]
+
+
+class Oracle(Sampler):
+    """
+    Control by g without a net: u = size g, g the best that a push can do with the exact Q.
+
+        g = argmin E_p[(Q(y) - V - g . grad_log_p(y))^2] = Cov_p(W)^-1 Cov_p(W, Q)
+
+    What q learns is this g. What is missing to the best for E[R] is the form's, linear in W[y].
+    """
+
+    def __init__(self, *settings, exact, size):
+        super().__init__(*settings)
+        self.exact = exact
+        self.size = size
+
+    def prefill(self, prompts, uniforms):
+        super().prefill(prompts, uniforms)
+        self.states = [self.exact.start] * len(prompts)
+
+    def follow(self):
+        """Bring the grammar's states up to the last tokens; None: no longer in the language"""
+        for i, token in enumerate(self.out.tokens[:, int(self.t) - 1].tolist()):
+            if self.states[i] is not None:
+                path = grammar.parse([self.exact.spelling[token]], self.states[i])
+                self.states[i] = path[-1] if path else None
+
+    def log_probs(self, hidden):
+        """hidden (B, n_embd) -> log p, log p_u (B, n_vocab)"""
+        if self.t > 0:
+            self.follow()
+        left = self.exact.n_tokens - int(self.t)
+        W = self.model.wte.weight.double()
+        log_p = self.model.unembed(hidden).double().log_softmax(-1)
+        p = log_p.exp()                                                         # (B, n_vocab)
+        Q = torch.zeros_like(p)
+        for i, state in enumerate(self.states):
+            if state is not None:
+                Q[i] = self.exact.q_values(state, left)
+        mean = p @ W                                                            # (B, n_embd)
+        second = torch.einsum("bv,vd,ve->bde", p, W, W)
+        covariance = second - mean[:, :, None] * mean[:, None]
+        covariance.diagonal(dim1=1, dim2=2).add_(1e-9 * covariance.diagonal(dim1=1, dim2=2).sum())
+        with_Q = (p * Q) @ W - mean * (p * Q).sum(1, keepdim=True)
+        g = torch.linalg.solve(covariance, with_Q)
+        delta = self.size * g @ W.T
+        return log_p.float(), (log_p + delta).log_softmax(-1).float()

@@ -6,7 +6,7 @@ Fine-tuning all weights on the same rollouts and rewards, to set beside a contro
 
 Source: Rafailov et al. 2023 (DPO, arXiv 2305.18290). For a chosen KL the weights are
 w + s (w' - w), and s is searched (Ramé et al. 2023, arXiv 2306.04488): one tuning serves all
-budgets. `python tests/evidence/compare.py --methods dpo` trains and reports it, with its seconds.
+budgets. `python -m tests.evidence.compare --methods dpo` trains and reports it, with its seconds.
 """
 from copy import deepcopy
 from dataclasses import replace
@@ -25,16 +25,18 @@ def states(model, prompts, tokens):
     return hidden[torch.arange(len(rows), device=tokens.device)[:, None], places]
 
 @torch.no_grad()
-def compared(rollout, model, prompts, other, others, group=16):
-    """A Rollout drawn from `other` after `others` -> the same, with KL(other || model)"""
-    kl, logp = torch.zeros_like(rollout.kl), torch.zeros_like(rollout.kl)
+def compared(rollout, model, prompts, other, group=16):
+    """A Rollout drawn from `other` -> the same, with KL(other || model) and the model's log p"""
+    kl = torch.zeros_like(rollout.kl)
+    drawn = torch.zeros_like(rollout.kl)                        # log p of the tokens drawn
     for i in range(0, len(kl), group):
-        rows, tokens = slice(i, i + group), rollout.tokens[i:i + group]
-        log_p, log_q = (net.unembed(states(net, before[rows], tokens)).log_softmax(-1)
-                        for net, before in ((model, prompts), (other, others)))
+        rows = slice(i, i + group)
+        tokens = rollout.tokens[rows]
+        log_p = model.unembed(states(model, prompts[rows], tokens)).log_softmax(-1)
+        log_q = other.unembed(states(other, prompts[rows], tokens)).log_softmax(-1)
         kl[rows] = (log_q.exp() * (log_q - log_p)).sum(-1)
-        logp[rows] = log_p.gather(-1, tokens[:, :, None])[:, :, 0]
-    return replace(rollout, kl=kl, logp=logp)
+        drawn[rows] = log_p.gather(-1, tokens[:, :, None])[:, :, 0]
+    return replace(rollout, kl=kl, log_p=drawn)
 
 def pairs_of(outcome, n_prompts, generator):
     """Rewards (N,), the prompts taken in turn -> rows (pairs, 2), the better text first"""
@@ -47,7 +49,8 @@ def pairs_of(outcome, n_prompts, generator):
 def dpo(model, prompts, rollout, outcome, seed, rate, epochs, beta):
     """Prompts and Rollout of N texts with rewards (N,) -> a tuned copy of the model"""
     generator = torch.Generator().manual_seed(seed)
-    before, tuned = (rollout.logp * rollout.mask).sum(1), deepcopy(model).requires_grad_(True)
+    before = (rollout.log_p * rollout.mask).sum(1)
+    tuned = deepcopy(model).requires_grad_(True)
     optimizer = torch.optim.AdamW(tuned.parameters(), lr=rate, weight_decay=0.0)
     n_prompts = len({tuple(prompt) for prompt in prompts})
     pairs = torch.cat([pairs_of(outcome, n_prompts, generator) for _ in range(epochs)])

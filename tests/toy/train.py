@@ -1,9 +1,9 @@
 """
 Train a tiny GPT on one of the languages of grammar.py and write its checkpoint.
 
-    python -m tests.toy.train                     # six minutes on one CPU core; beside this file
-    python -m tests.toy.train --language twist    # the second language, in twist/
-    python -m tests.toy.train --language late     # the third, in late/
+    python -m tests.toy.train                                 # six minutes on one core, beside this file
+    python -m tests.toy.train --language twist                # the second language, in twist/
+    python -m tests.toy.train --language late --steps 4000    # the third, in late/
 
 The checkpoint has the public GPT-2 layout (config.json, model.safetensors, vocab.json, merges.txt),
 so that the tiny model runs through the same code as the real ones. Ends by printing the cross-entropy
@@ -133,7 +133,7 @@ def save_config(config, folder):
     raw = {"model_type": "gpt2", "activation_function": "gelu_new", "vocab_size": config.n_vocab,
            "n_positions": config.n_positions, "n_embd": config.n_embd, "n_layer": config.n_layer,
            "n_head": config.n_head, "layer_norm_epsilon": config.eps,
-           "bos_token_id": config.bos, "eos_token_id": config.ends[0]}
+           "bos_token_id": config.bos_id, "eos_token_id": config.eos_ids[0]}
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
 
 
@@ -163,7 +163,7 @@ def main():
     vocabulary = save_vocabulary(start, folder)
     end = vocabulary[grammar.END]
     config = Config(n_vocab=len(vocabulary), n_positions=CONTEXT, n_embd=64, n_layer=2, n_head=4,
-                    n_inner=256, bos=end, ends=[end])
+                    n_inner=256, bos_id=end, eos_ids=[end])
     save_config(config, folder)
     model = GPT(config)
     for name, weight in model.named_parameters():
