@@ -67,7 +67,10 @@ def tensors_of(tree):
         tree = tree.values()
     elif not isinstance(tree, (list, tuple)):
         return []
-    return [tensor for part in tree for tensor in tensors_of(part)]
+    found = []
+    for part in tree:
+        found += tensors_of(part)
+    return found
 
 
 def replace(tree, kind, function):
