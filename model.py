@@ -1,16 +1,18 @@
 """
-GPT-2 with its state in the open. A language model is a discrete-time stochastic dynamical system:
+GPT-2, open between its last hidden state and its head. In the words of control:
 
-    state      h_t      = the last hidden state, after the final layer norm      (B, n_embd)
-    output     logits_t = W h_t,  W the token embedding, which is also the head  (B, n_vocab)
-    dynamics   y_t ~ softmax(logits_t),   h_{t+1} = f(h_t, y_t)
+    state      the text so far; the cache of keys and values stands for it
+    observed   h_t = f(text so far)      the last hidden state: an output, which is not fed back
+    drawn      y_t ~ softmax(W h_t)      W: the token embedding, which is also the head
 
-    hidden = model(tokens, cache)       # f: the cache of keys and values is the rest of the state
-    logits = model.unembed(hidden)      # W h, a call of its own: control acts between the two
+    hidden = model(tokens, cache)        # (B, T) -> (B, T, n_embd)
+    logits = model.unembed(hidden)       # W h, a call of its own: control acts between the two
+
 Source: Radford et al. 2019, in the layout of the public checkpoints. Limitations: inference only,
 one model.safetensors (not sharded, not pickled), byte-pair tokenizers of GPT-2's kind.
 """
 import json
+import math
 import os
 import random
 import re
@@ -24,6 +26,8 @@ import torch.nn as nn
 
 class InputError(ValueError):
     """Something the user can fix. The message is one line: the cause, then the fix."""
+    def __str__(self):                  # names come from files: no control character is printed
+        return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in super().__str__())
 
 @dataclass
 class Config:
@@ -32,34 +36,37 @@ class Config:
     n_embd: int
     n_layer: int
     n_head: int
-    n_inner: int
+    n_inner: int                 # the width of the MLP
     eps: float = 1e-5            # of every layer norm
     gelu: str = "tanh"           # GPT-2's GELU is the tanh approximation; "none" is the exact one
-    bos_id: int | None = None     # comes before every prompt, where the model has such a token
-    eos_ids: list = ()             # any of these tokens ends a text
+    bos_id: int | None = None    # comes before every prompt, where the model has such a token
+    eos_ids: list = ()           # any of these tokens ends a text
 
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        d, self.n_head = config.n_embd, config.n_head
-        assert d % self.n_head == 0, "n_head does not divide n_embd"
-        self.ln_1, self.ln_2 = nn.LayerNorm(d, config.eps), nn.LayerNorm(d, config.eps)
-        self.attn = nn.ModuleDict(dict(c_attn=nn.Linear(d, 3 * d), c_proj=nn.Linear(d, d)))
-        self.mlp = nn.ModuleDict(dict(c_fc=nn.Linear(d, config.n_inner), gelu=nn.GELU(config.gelu),
-                                      c_proj=nn.Linear(config.n_inner, d)))
+        d = config.n_embd
+        self.n_head = config.n_head
+        self.ln_1 = nn.LayerNorm(d, config.eps)
+        self.attn = nn.ModuleDict({"c_attn": nn.Linear(d, 3 * d), "c_proj": nn.Linear(d, d)})
+        self.ln_2 = nn.LayerNorm(d, config.eps)
+        c_fc, c_proj = nn.Linear(d, config.n_inner), nn.Linear(config.n_inner, d)
+        self.mlp = nn.ModuleDict({"c_fc": c_fc, "gelu": nn.GELU(config.gelu), "c_proj": c_proj})
 
-    def attention(self, x, layer, cache, mask):                         # x (B, T, n_embd)
-        B, T, C = x.shape
-        heads = self.attn.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+    def attention(self, x, layer, cache, mask):
+        B, T, C = x.shape                                               # (B, T, n_embd)
+        heads = self.attn.c_attn(x)                                     # -> (B, T, 3 n_embd)
+        heads = heads.view(B, T, 3, self.n_head, C // self.n_head)      # -> (B, T, 3, n_head, d)
         q, k, v = heads.permute(2, 0, 3, 1, 4)                          # each (B, n_head, T, d)
         if cache is not None:
             k, v = cache.store(layer, k, v)                             # (B, n_head, window, d)
         y = nn.functional.scaled_dot_product_attention(q, k, v, mask, is_causal=cache is None)
-        return self.attn.c_proj(y.transpose(1, 2).reshape(B, T, C))     # (B, T, n_embd)
+        return self.attn.c_proj(y.transpose(1, 2).reshape(B, T, C))     # -> (B, T, n_embd)
 
     def forward(self, x, layer, cache, mask):
         x = x + self.attention(self.ln_1(x), layer, cache, mask)
-        return x + self.mlp.c_proj(self.mlp.gelu(self.mlp.c_fc(self.ln_2(x))))
+        wide = self.mlp.gelu(self.mlp.c_fc(self.ln_2(x)))               # -> (B, T, n_inner)
+        return x + self.mlp.c_proj(wide)                                # -> (B, T, n_embd)
 
 class GPT(nn.Module):
     def __init__(self, config):
@@ -72,7 +79,7 @@ class GPT(nn.Module):
 
     def forward(self, tokens, cache=None, lengths=None):
         """
-        tokens (B, T) -> hidden (B, T, n_embd), the state from which each next token is drawn.
+        tokens (B, T) -> hidden (B, T, n_embd); from each of them a next token is drawn.
         With a cache the tokens continue each row. Rows of unequal length are padded on the right,
         and lengths (B,) says how many of their tokens are real (None: all).
         """
@@ -80,31 +87,27 @@ class GPT(nn.Module):
         positions = torch.arange(T, device=tokens.device)
         if cache is not None:
             positions, mask = cache.open(T, lengths)                    # (B, T), (B, 1, T, window)
-        x = self.wte(tokens) + self.wpe(positions)                      # (B, T, n_embd)
+        x = self.wte(tokens) + self.wpe(positions)                      # (B, T) -> (B, T, n_embd)
         for layer, block in enumerate(self.h):
             x = block(x, layer, cache, mask)
         return self.ln_f(x)
 
     def unembed(self, hidden):
-        """hidden (..., n_embd) -> logits (..., n_vocab) = W hidden, float32"""
-        return nn.functional.linear(hidden.to(self.wte.weight.dtype), self.wte.weight).float()
+        """hidden (.., n_embd) -> logits (.., n_vocab) = W hidden, float32"""
+        W = self.wte.weight
+        return nn.functional.linear(hidden.to(W.dtype), W).float()
 
     @classmethod
     def from_pretrained(cls, name, device="cpu", dtype=torch.float32):
-        """A frozen GPT-2: one of PUBLIC, or a directory. `load` says what else may be wrong."""
+        """A frozen GPT-2: one of PUBLIC, or a directory."""
         with torch.device("meta"):                                      # shapes, without memory
             model = cls(read_config(name))
-        state = {}
-        for key, tensor in read_safetensors(find_file(name, "model.safetensors")).items():
-            key = re.sub(r"^((_orig_mod|module|transformer)\.)+", "", key)
-            tensor = tensor.T if key.endswith(TRANSPOSED) else tensor
-            if not key.endswith((".attn.bias", ".attn.masked_bias")):   # old files keep the mask
-                state[key] = tensor.to(device, dtype).contiguous()
-        W = state.setdefault("wte.weight", state.get("lm_head.weight"))
-        if not torch.equal(state.pop("lm_head.weight", W), W):
-            raise ValueError("its head is not its embedding: only tied weights are implemented")
-        model.extra = {key: state.pop(key) for key in set(state) - set(model.state_dict())}
-        model.load_state_dict(state, assign=True)                       # lists all that is wrong
+        state = read_weights(name, device, dtype)
+        model.extra = {key: state.pop(key) for key in sorted(state) if key.startswith(HEADS)}
+        unknown = state.keys() - model.state_dict().keys()
+        if unknown:
+            raise InputError(f"{name}: {min(unknown)!r} is no part of a GPT-2; choose another")
+        model.load_state_dict(state, assign=True)                       # names what is missing
         return model.eval().requires_grad_(False)
 
 class Cache:
@@ -115,21 +118,24 @@ class Cache:
     """
     WINDOW = 64
     def __init__(self, model, batch, size):
-        config, weight = model.config, model.wte.weight
-        d = config.n_embd // config.n_head
-        self.keys, self.values = weight.new_zeros(2, config.n_layer, batch, config.n_head, size, d)
-        self.rows = torch.arange(batch, device=weight.device)[:, None]
-        self.lengths = torch.zeros_like(self.rows[:, 0])
+        config, W = model.config, model.wte.weight
+        shape = (config.n_layer, batch, config.n_head, size, config.n_embd // config.n_head)
+        self.keys = W.new_zeros(shape)
+        self.values = W.new_zeros(shape)
+        self.rows = torch.arange(batch, device=W.device)[:, None]       # (B, 1)
+        self.lengths = torch.zeros_like(self.rows[:, 0])                # (B,)
         self.used = 0                   # a bound on lengths that is known without asking the device
 
     def open(self, T, lengths=None):
         """Room for T more -> their positions (B, T), and mask (B, 1, T, window), 0 or -inf"""
         self.used += T
-        self.window = min(-(-self.used // self.WINDOW) * self.WINDOW, self.keys.size(3))
+        windows = math.ceil(self.used / self.WINDOW)
+        self.window = min(windows * self.WINDOW, self.keys.size(3))
         self.positions = self.lengths[:, None] + torch.arange(T, device=self.rows.device)
         self.lengths += T if lengths is None else lengths
-        seen = torch.arange(self.window, device=self.rows.device) <= self.positions[:, :, None]
-        return self.positions, seen[:, None].to(self.keys.dtype).log()  # as bools: 34 kernels more
+        slots = torch.arange(self.window, device=self.rows.device)
+        seen = slots <= self.positions[:, None, :, None]                # -> (B, 1, T, window)
+        return self.positions, seen.to(self.keys.dtype).log()           # as bools: 34 kernels more
 
     def store(self, layer, k, v):
         """Write k, v (B, n_head, T, d) at self.positions (B, T) -> those of the window's slots"""
@@ -137,180 +143,338 @@ class Cache:
         self.values[layer][self.rows, :, self.positions] = v.transpose(1, 2)
         return self.keys[layer, :, :, :self.window], self.values[layer, :, :, :self.window]
 
-# --------------------------------------------------------------------------- weights and tokenizers
+# ------------------------------------ files from here on: the method can be read without them
 
-SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
-# What else config.json may ask for: {key: what is implemented; first, what a missing key means}.
+# What config.json may ask for: {key: what is implemented; first, what a missing key means}.
 NETWORK = {"model_type": ("gpt2",), "scale_attn_weights": (True,), "add_cross_attention": (False,),
            "scale_attn_by_inverse_layer_idx": (False,),
            "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu")}
+# What wrappers put before a name, and the parts on which no logit depends: they are left out.
+PREFIXES = r"^((_orig_mod|module|base_model|model|transformer)\.)+"
+HEADS = ("score.", "classifier.", "v_head.", "value_head.", "reward_head.", "multiple_choice_head.")
 # OpenAI stored these four as (in, out); nn.Linear wants (out, in).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-DTYPES = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16,
-              I64=torch.int64, U8=torch.uint8, BOOL=torch.bool)
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "U8": torch.uint8, "BOOL": torch.bool}
 # Models fetched by name, and the sha256 of their model.safetensors (None: not known here).
 PUBLIC = {"gpt2": "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707",
-          "gpt2-medium": None, "gpt2-large": None,
           "gpt2-xl": "0f8b28eb05a8075f48b61b6f35332978c74fc7763fa9fb4051a1c30511736a6a",
-          "distilgpt2": "e1ff18884359fe8beb795a5f414feb85a6ce3d929ad019c0d958c039d2b94a1b"}
+          "distilgpt2": "e1ff18884359fe8beb795a5f414feb85a6ce3d929ad019c0d958c039d2b94a1b",
+          "gpt2-medium": None, "gpt2-large": None}
+
+def folders(name):
+    """Where a model's files may lie: a directory, the hub's cache, torch's (for what is fetched)"""
+    owner = "distilbert" if name == "distilgpt2" else "openai-community"
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = os.environ.get("HF_HOME") or f"{cache}/huggingface"
+    hub = os.path.expanduser(os.environ.get("HF_HUB_CACHE") or f"{home}/hub")
+    found = [Path(name)]
+    for repo in (str(name), f"{owner}/{name}"):
+        model = Path(hub, "models--" + repo.replace("/", "--"))
+        if os.path.isfile(model / "refs/main"):
+            found.append(model / "snapshots" / (model / "refs/main").read_text().strip())
+    return found + [Path(torch.hub.get_dir(), owner, name)]
 
 def find_file(name, file):
-    """A model's file: in the directory `name`, in the hub's cache, or fetched if it is PUBLIC."""
-    owner = "distilbert" if name == "distilgpt2" else "openai-community"
-    repo = f"{owner}/{name}" if name in PUBLIC else str(name)
-    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-    hub = Path(os.environ.get("HF_HUB_CACHE", home / "hub"), f"models--{repo.replace('/', '--')}")
-    main, own = hub / "refs" / "main", Path(torch.hub.get_dir(), repo)
-    cached = hub / "snapshots" / (main.read_text().strip() if main.is_file() else "")
-    for path in (Path(name, file), cached / file, own / file):
-        if path.is_file():
-            return path
-    if name not in PUBLIC or Path(name).is_dir():
+    """-> the path of a model's file, which is fetched if the model is PUBLIC and not here"""
+    for folder in folders(name):
+        if os.path.isfile(folder / file):
+            return folder / file
+    if name not in PUBLIC or os.path.isdir(name):
         raise InputError(f"{name}: no {file} there; name a directory with config.json and one "
                          f"model.safetensors (not sharded, not pickled), or {', '.join(PUBLIC)}")
-    own.mkdir(parents=True, exist_ok=True)
-    torch.hub.download_url_to_file(f"https://huggingface.co/{repo}/resolve/main/{file}", own / file,
-                                   PUBLIC[name] if file == "model.safetensors" else None)
-    return own / file
+    folder.mkdir(parents=True, exist_ok=True)
+    url = f"https://huggingface.co/{folder.parent.name}/{name}/resolve/main/{file}"
+    sha256 = PUBLIC[name] if file == "model.safetensors" else None
+    torch.hub.download_url_to_file(url, folder / file, sha256)
+    return folder / file
 
 def read_json(path):
-    return json.loads(path.read_text(encoding="utf-8-sig")) if path.is_file() else {}
+    """-> the object in a JSON file; {} where there is no file"""
+    return dict(json.loads(path.read_text(encoding="utf-8-sig"))) if path.is_file() else {}
+
+def check_known(raw, known, where):
+    for key, values in known.items():
+        if raw.get(key, values[0]) not in values:
+            raise InputError(f"{where}: {key} is {raw[key]!r}, and only {values[0]!r} is "
+                             "implemented; choose another")
 
 def read_config(name):
-    """config.json, and generation_config.json's ends -> Config. ValueError for another network."""
-    raw = read_json(path := find_file(name, "config.json"))
-    for key, known in NETWORK.items():
-        if raw.get(key, known[0]) not in known:
-            raise ValueError(f"{key} is {raw[key]!r}")
-    bos, *ends = (50256 if raw.get(key) is None else raw[key]   # null, too, means GPT-2's own
-                  for key in ("bos_token_id", "eos_token_id"))
-    ends += [read_json(path.with_name("generation_config.json")).get("eos_token_id")]
-    ends = [end for item in ends for end in (item if isinstance(item, list) else [item])]
-    gelu = "none" if raw.get("activation_function") == "gelu" else "tanh"
-    return Config(*(raw[key] for key in SIZES), raw.get("n_inner") or 4 * raw["n_embd"],
-                  raw.get("layer_norm_epsilon", 1e-5), gelu,
-                  bos if bos in range(raw["vocab_size"]) else None, list({*ends} - {None}))
+    """config.json, with the ends of generation_config.json -> Config"""
+    path = find_file(name, "config.json")
+    raw = {key: item for key, item in read_json(path).items() if item is not None}
+    check_known(raw, NETWORK, path)
+    eos_ids = set()
+    for file in (raw, read_json(path.with_name("generation_config.json"))):
+        ends = file.get("eos_token_id")
+        eos_ids.update(ends if isinstance(ends, list) else [ends])
+    config = Config(n_vocab=raw["vocab_size"], n_positions=raw["n_positions"], n_embd=raw["n_embd"],
+                    n_layer=raw["n_layer"], n_head=raw["n_head"],
+                    n_inner=raw.get("n_inner", 4 * raw["n_embd"]),
+                    eps=raw.get("layer_norm_epsilon", 1e-5), bos_id=raw.get("bos_token_id"),
+                    gelu="none" if raw.get("activation_function") == "gelu" else "tanh",
+                    eos_ids=list(eos_ids - {None}))
+    for key, size in vars(config).items():
+        if key.startswith("n_") and (type(size) is not int or size < 1):
+            raise InputError(f"{path}: {key} is {size!r}, no whole number above 0; choose another")
+    if config.n_embd % config.n_head or not 0 <= config.eps < 1:
+        raise InputError(f"{path}: n_head does not divide n_embd, or eps is {config.eps!r}")
+    return config
 
 def read_safetensors(path):
     """
-    path -> {name: tensor}. The format (github.com/huggingface/safetensors): length of the header, 8
+    path -> {name: tensor}. The format (github.com/huggingface/safetensors): the header's length, 8
     bytes; {"name": {"dtype": "F32", "shape": [..], "data_offsets": [begin, end]}, ..}; the tensors.
     """
-    data = torch.from_file(str(path), size=os.path.getsize(path), dtype=torch.uint8)
-    start = 8 + int.from_bytes(bytes(data[:8].tolist()), "little")
-    header, tensors = json.loads(bytes(data[8:start].tolist())), {}
-    for name in header.keys() - {"__metadata__"}:
-        dtype, shape, (begin, end) = map(header[name].get, ("dtype", "shape", "data_offsets"))
-        flat = data[start + begin:start + end].clone()          # a copy is aligned, as views need
-        tensors[name] = flat.view(DTYPES[dtype]).view(shape)
-    if start + sum(tensor.nbytes for tensor in tensors.values()) != len(data):
-        raise ValueError(f"{len(data)} bytes in {path.name} are not those of its tensors")
+    size = os.path.getsize(path)
+    data = torch.from_file(str(path), size=size, dtype=torch.uint8)
+    with open(path, "rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(min(start, size) - 8))
+    header.pop("__metadata__", None)
+    tensors = {}
+    place = start                                   # each tensor begins where the last one ended
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        dtype = DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise InputError(f"{path}: {name} is stored as {entry['dtype']!r}; choose weights that "
+                             f"are one of {', '.join(DTYPES)}")
+        length = math.prod(entry["shape"]) * dtype.itemsize
+        if entry["data_offsets"] != [place - start, place - start + length]:
+            raise ValueError(f"{name} in {path.name} is not where it should be")
+        flat = data[place:place + length].clone()   # a copy is aligned, as views need
+        tensors[name] = flat.view(dtype).view(entry["shape"])
+        place += length
+    if place != size:
+        raise ValueError(f"{path.name} has {size} bytes, its tensors end at {place}")
     return tensors
+
+def read_weights(name, device, dtype):
+    """model.safetensors -> {name in GPT, or in HEADS: tensor}"""
+    path = find_file(name, "model.safetensors")
+    state = {}
+    for key, tensor in read_safetensors(path).items():
+        key = re.sub(PREFIXES, "", key)
+        if key.endswith((".attn.bias", ".attn.masked_bias")):           # old files keep the mask
+            continue
+        tensor = tensor.T if key.endswith(TRANSPOSED) else tensor
+        state[key] = tensor.to(device, dtype).contiguous()
+        if not state[key].isfinite().all():
+            raise InputError(f"{path}: {key} is not finite as {dtype}; choose other weights")
+    head = state.pop("lm_head.weight", None)
+    if head is not None and not torch.equal(head, state.setdefault("wte.weight", head)):
+        raise InputError(f"{path}: its head is not its embedding; choose a model with tied weights")
+    return state
 
 # How GPT-2 cuts text into pieces before pairs are merged: contractions, words, numbers, signs.
 PIECES = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-# Tokenizer files write each byte as a printable character: {character: byte}.
+# Tokenizer files spell each byte as a printable character: {character: byte}.
 BYTES = {chr(b): b for b in (*range(33, 127), *range(161, 173), *range(174, 256))}
 BYTES |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if chr(b) not in BYTES)}
+END = 50256                     # <|endoftext|>, bos and eos of GPT-2's own vocabulary
+# What tokenizer.json may ask for, as in NETWORK. (An unk_token never acts: each byte is a token.)
+TOKENIZER = {
+    "normalizer": {"type": (None,)}, "decoder": {"type": ("ByteLevel", None)},
+    "pre_tokenizer": {"type": ("ByteLevel",), "add_prefix_space": (False, None),
+                      "use_regex": (True,)},
+    "model": {"type": ("BPE",), "dropout": (None, 0), "byte_fallback": (False,),
+              "ignore_merges": (False,), "continuing_subword_prefix": (None, ""),
+              "end_of_word_suffix": (None, "")}}
+ADDED = {"lstrip": (False,), "rstrip": (False,), "single_word": (False,)}
 
 class Tokenizer:
     """Text <-> tokens. Special tokens are read in prompts, and are no part of a text."""
-    def __init__(self, encoding, special):
-        self.encoding, self.special, self.n_vocab = encoding, frozenset(special), encoding.n_vocab
+    def __init__(self, encoding, added, special):
+        self.encoding = encoding
+        self.n_vocab = encoding.n_vocab
+        self.added = added                              # {name: token}
+        self.special = set(special)                     # tokens
+        names = sorted(filter(None, added), key=len, reverse=True)      # the longest is found first
+        self.names = re.compile(f"({'|'.join(map(re.escape, names)) or '(?!)'})")
 
     def encode(self, text):
-        return self.encoding.encode(text, allowed_special="all")
+        tokens = []
+        for i, part in enumerate(self.names.split(text)):               # text, name, text, ..
+            tokens += [self.added[part]] if i % 2 else self.encoding.encode_ordinary(part)
+        return tokens
+
     def decode(self, tokens):
         return self.encoding.decode([token for token in tokens if token not in self.special])
 
-def load_tokenizer(name, default=None):
-    """The model's own vocabulary, never guessed: for a directory without one, `default`'s."""
-    if name in PUBLIC and not Path(name).is_dir():
-        return Tokenizer(tiktoken.get_encoding("gpt2"), special={50256})
-    folder = find_file(name, "config.json").parent
+def read_old_files(folder, settings):
+    """vocab.json, merges.txt and added_tokens.json -> what a tokenizer.json would say"""
+    vocab = read_json(folder / "vocab.json")
+    lines = (folder / "merges.txt").read_text(encoding="utf-8-sig").split("\n")
+    merges = [line for line in lines if line and not line.startswith("#version")]
+    for token in vocab.keys() - {merge.replace(" ", "") for merge in merges}:
+        if any(token[:i] in vocab and token[i:] in vocab for i in range(1, len(token))):
+            raise InputError(f"{folder}: merges.txt is cut off at {token!r}; fetch it again")
     added = read_json(folder / "added_tokens.json")
-    if raw := read_json(folder / "tokenizer.json"):
-        bpe, names, cut = raw["model"], raw["added_tokens"], raw["pre_tokenizer"]
-        plain = not (raw["normalizer"] or cut["type"] != "ByteLevel" or cut["add_prefix_space"])
-        added = {token["content"]: token["id"] for token in names}
-        text = {token["id"] for token in names if not token["special"]}
-    elif (folder / "vocab.json").is_file():
-        vocab, merges = read_json(folder / "vocab.json"), folder / "merges.txt"
-        lines = filter(None, merges.read_text("utf-8").split("\n")[1:]) if merges.is_file() else \
-            sorted((token for token in vocab if token[:2] != "<|"), key=vocab.get)     # words
-        bpe, text = {"vocab": vocab, "merges": lines}, ()
-        plain = not read_json(folder / "tokenizer_config.json").get("add_prefix_space")
-    elif default:
+    entries = [{"content": name, "id": added[name]} for name in added]
+    return {"pre_tokenizer": {"type": "ByteLevel"} | settings,          # add_prefix_space is there
+            "model": {"type": "BPE", "vocab": vocab, "merges": merges}, "added_tokens": entries}
+
+def read_vocabulary(folder):
+    """
+    What the files say -> {spelling: token}, [[left, right], ..], {added name: token}, names of
+    special tokens; None where there are no files. Another kind of tokenizer is refused.
+    """
+    settings = read_json(folder / "tokenizer_config.json")
+    raw = read_json(folder / "tokenizer.json")
+    if not raw and os.path.isfile(folder / "vocab.json"):
+        raw = read_old_files(folder, settings)
+    if not raw:
+        return None
+    where = f"{folder}: its tokenizer is not GPT-2's kind"
+    for part, known in TOKENIZER.items():
+        check_known(raw.get(part) or {"type": None}, known, f"{where}, {part}")
+    added = {}
+    special = {"<|endoftext|>"}                                         # GPT-2's own
+    for entry in raw["added_tokens"]:
+        check_known(entry, ADDED, f"{where}, {entry['content']!r}")
+        added[entry["content"]] = entry["id"]
+        if entry.get("special"):
+            special.add(entry["content"])
+    settings |= read_json(folder / "special_tokens_map.json")
+    for key, value in settings.items():
+        if key.endswith(("_token", "special_tokens")):
+            for item in value if isinstance(value, list) else [value]:
+                special.add(item.get("content") if isinstance(item, dict) else item)
+    vocab = raw["model"]["vocab"]
+    merges = raw["model"]["merges"]                                     # "a b", or ["a", "b"]
+    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges]
+    added |= {name: vocab[name] for name in special if name in vocab}
+    return vocab | added, merges, added, special & added.keys()
+
+def make_tokenizer(folder, vocab, merges, added, special):
+    """For tiktoken: {bytes: token}, in which smaller tokens are merged earlier, and other names"""
+    where = f"{folder}: its tokenizer is not GPT-2's kind"
+    if not vocab.keys() >= BYTES.keys():
+        raise InputError(f"{where}: some bytes are no token; train it with all in its alphabet")
+    made = {character: vocab[character] for character in BYTES}
+    newest = -1
+    for left, right in merges:
+        token = vocab.get(left + right, -1)
+        if token <= newest or left not in made or right not in made:
+            raise InputError(f"{where}: {left!r} and {right!r} are merged out of order")
+        made[left + right] = newest = token
+    ranks = {bytes(map(BYTES.get, spelling)): token for spelling, token in made.items()}
+    names = {}                                              # of what no merge makes
+    for spelling in vocab.keys() - made.keys():
+        text = spelling if spelling in added else bytes(map(BYTES.get, spelling)).decode()
+        names[text] = vocab[spelling]
+    if sorted([*ranks.values(), *names.values()]) != list(range(len(vocab))):
+        raise InputError(f"{where}: its {len(vocab)} tokens are not numbered 0, 1, 2, ..")
+    encoding = tiktoken.Encoding(str(folder), pat_str=PIECES, mergeable_ranks=ranks,
+                                 special_tokens=names)
+    return Tokenizer(encoding, added, map(added.get, special))
+
+def load_tokenizer(name, default=None):
+    """The model's own vocabulary, never guessed: for a model without one, `default`'s."""
+    for folder in folders(name):
+        vocabulary = read_vocabulary(folder)
+        if vocabulary:
+            return make_tokenizer(folder, *vocabulary)
+    if name in PUBLIC and not os.path.isdir(name):
+        return Tokenizer(tiktoken.get_encoding("gpt2"), {"<|endoftext|>": END}, {END})
+    if default:
         return load_tokenizer(default)
-    else:
-        raise ValueError("no tokenizer.json, no vocab.json; --tokenizer gpt2 says it is GPT-2's")
-    vocabulary = bpe["vocab"] | added
-    merged = ["".join(pair).replace(" ", "") for pair in bpe["merges"]]     # "a b" or ["a", "b"]
-    ranks = {bytes(map(BYTES.get, token)): vocabulary[token] for token in [*BYTES, *merged]}
-    taken = {*ranks.values()}
-    rest = {token: i for token, i in vocabulary.items() if i not in taken}
-    if not plain or merged != sorted(merged, key=vocabulary.get) \
-            or set(vocabulary.values()) != set(range(len(vocabulary))):
-        raise ValueError("its tokenizer is not GPT-2's kind")
-    return Tokenizer(tiktoken.Encoding(str(folder), pat_str=PIECES, mergeable_ranks=ranks,
-                                       special_tokens=rest), set(rest.values()) - set(text))
+    raise InputError(f"{name}: no tokenizer.json, no vocab.json; --tokenizer gpt2 means GPT-2's")
+
+def settle_ends(config, tokenizer):
+    """
+    Only tokens of the vocabulary are bos or eos. If config.json names none, GPT-2's vocabulary has
+    its own; if it has 50256, GPT-2's, that may be a word of another vocabulary.
+    """
+    own = [END] if tokenizer.encode("<|endoftext|>") == [END] else []
+    known = set(range(tokenizer.n_vocab))
+    if not tokenizer.encoding.is_special_token(END):
+        known.discard(END)
+    bos = own if config.bos_id is None else [config.bos_id]
+    config.bos_id = bos[0] if bos and bos[0] in known else None
+    config.eos_ids = sorted(known.intersection(config.eos_ids or own))
+    tokenizer.special |= known & {config.bos_id, *config.eos_ids}
 
 def load(name, tokenizer=None, device="cpu", dtype=torch.float32):
     """-> model, tokenizer. Rows of W that name no token are cut off: they cannot be drawn."""
     try:
         model = GPT.from_pretrained(name, device, dtype)
         tokenizer = load_tokenizer(name, tokenizer)
-        if (n := tokenizer.n_vocab) > model.config.n_vocab:
-            raise ValueError(f"{n} names for {model.config.n_vocab} tokens")
+        settle_ends(model.config, tokenizer)
+    except InputError:
+        raise
     except Exception as error:          # damaged files may raise anything; tiktoken fetches, too
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{name}: no plain, whole GPT-2 ({type(error).__name__}, "
-                         f"{str(error)[:400]!r}); fetch it again, or choose another") from None
-    model.wte.weight = nn.Parameter(model.wte.weight[:n].clone(), requires_grad=False)
+        raise InputError(f"{name}: no plain, whole GPT-2 ({type(error).__name__}: "
+                         f"{str(error)[:400]}); fetch it again, or choose another") from None
+    n = tokenizer.n_vocab
+    W = model.wte.weight
+    if n > len(W):
+        last = tokenizer.encoding.decode([n - 1])
+        raise InputError(f"{name}: {n} names for {len(W)} tokens, and no row in W for {last!r}; "
+                         "choose the model's own tokenizer, or remove the name from its files")
+    model.wte.weight = nn.Parameter(W[:n].clone(), requires_grad=False)
     model.config.n_vocab = n
+    if model.wte.weight.numel() < 1e6:
+        torch.set_num_threads(1)        # a tiny model on a busy machine: seconds, not minutes
     return model, tokenizer
-
 
 def read_prompts(model, tokenizer, name, texts=(), path=None):
     """
     Texts and the lines of a text file -> [[bos, token, ..], ..], bos if the model `name` has one.
     Without either: the lines of name/prompts.txt, or the empty text.
     """
-    own, texts = Path(name, "prompts.txt"), list(texts)
+    texts = list(texts)
+    own = Path(name, "prompts.txt")
     if path is None and not texts:
-        path, texts = (own, []) if own.is_file() else (None, [""])
+        path = own if own.is_file() else None
+        texts = [] if path else [""]
     if path is not None:
-        try:
-            lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path}: cannot be read ({error}); name a text file") from None
         if Path(path).suffix in (".csv", ".tsv", ".json", ".jsonl"):
             raise InputError(f"{path}: no plain text; write one prompt a line into a .txt file")
-        texts = texts + [line for line in lines if line.strip()]
+        try:
+            lines = Path(path).read_bytes().decode("utf-8-sig").replace("\r\n", "\n").split("\n")
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: cannot be read ({error}); name a text file") from None
+        texts += filter(str.strip, lines)
+    longest = 128 * model.config.n_positions        # GPT-2's longest token has 128 characters
+    if max(map(len, texts), default=0) > longest:
+        raise InputError(f"{path or 'a prompt'} has more than {longest} characters; shorten it")
     bos = [] if model.config.bos_id is None else [model.config.bos_id]
     prompts = [bos + tokenizer.encode(text) for text in texts]
-    if not all(prompts) or not prompts:
+    if not prompts or [] in prompts:
         raise InputError(f"{path or 'a prompt'} is empty; write at least one word")
     return prompts
 
-
 def in_turn(prompts, n, seed):
-    """n prompts, in turn; of more than n prompts, n that the seed draws"""
+    """n prompts: each in turn; of more than n, n that the seed draws"""
     if len(prompts) > n:
-        prompts = random.Random(seed).sample(prompts, n)
+        return random.Random(seed).sample(prompts, n)
     return [prompts[i % len(prompts)] for i in range(n)]
 
+TENTHS = {}                     # {label: what a log was told last}
 
 def show_progress(label, done, total):
-    """On stderr: a terminal's line is written again, a log gets one for each tenth."""
+    """To stderr: a terminal's line is rewritten, a log gets a line each tenth."""
+    tenth = 10 * done // total
     if sys.stderr.isatty():
-        print(f"\r\033[K{label} {done} of {total}", end="\n" * (done == total), file=sys.stderr)
-
+        end = "\n" if done == total else ""
+        print(f"\r\033[K{label} {done} of {total}", end=end, file=sys.stderr, flush=True)
+    elif TENTHS.get(label) != tenth:
+        TENTHS[label] = tenth if done < total else None
+        print(f"{label} {done} of {total}", file=sys.stderr, flush=True)
 
 def run_script(main):
+    """main(), with the ends that a user meets: bad input is one line and exit code 2."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")        # where the terminal has no blocks or é
     try:
         main()
+        sys.stdout.flush()
     except InputError as error:
         print(error, file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:                             # `| head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

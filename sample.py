@@ -35,7 +35,7 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 @torch.no_grad()
 def trace(model, tokenizer, value, reward, prompts, rollout, i, log_probs):
     """
-    What happened in text i of a rollout -> {prompt, pieces, nats, kl, V, reward, largest}.
+    What happened in text i of a rollout -> {prompt, pieces, nats, kl, V, largest}.
 
     pieces: see below; nats (T,): log p_u(y_t) - log p(y_t); kl (T,); V (T,): the forecast after
     y_t, and after the last token the reward. `reward` None: V cannot be told, and is None.
@@ -47,17 +47,18 @@ def trace(model, tokenizer, value, reward, prompts, rollout, i, log_probs):
     hidden = model(tokens)[0, len(prompt) - 1:-1]                               # (T, n_embd)
     V = None
     if reward:
-        so_far = reward(rollout.beginnings(tokenizer, prompts, i))                # (T + 1,)
-        forecast = value(hidden[1:], so_far[1:-1].to(hidden.device)).cpu()      # (T - 1,)
-        V = forecast.tolist() + [so_far[-1].item()]
-    t = int(rollout.kl[i][mask].argmax())
-    p, q = (log[0].exp() for log in log_probs(hidden[t:t + 1]))                 # (n_vocab,)
-    return {"prompt": printable(tokenizer.decode(prompt)),
-            "pieces": pieces(tokenizer, drawn),
-            "nats": (rollout.log_q - rollout.log_p)[i][mask].tolist(),
-            "kl": rollout.kl[i][mask].tolist(),
-            "V": V,
-            "largest": changes(tokenizer, drawn[t], p, q)}
+        texts = rollout.beginnings(tokenizer, prompts, i)                       # T + 1
+        if not value.reads_so_far:
+            texts = texts[-1:] * len(texts)                 # a reward may judge finished texts only
+        so_far = reward(texts)
+        V = value(hidden[1:], so_far[1:-1].to(hidden.device)).tolist() + [so_far[-1].item()]
+    kl = rollout.kl[i][mask]
+    nats = (rollout.log_q - rollout.log_p)[i][mask]
+    t = int(kl.argmax())
+    log_p, log_q = log_probs(hidden[t:t + 1])                                   # (1, n_vocab)
+    largest = changes(tokenizer, drawn[t], log_p[0].exp(), log_q[0].exp())
+    return {"prompt": printable(tokenizer.decode(prompt)), "pieces": pieces(tokenizer, drawn),
+            "nats": nats.tolist(), "kl": kl.tolist(), "V": V, "largest": largest}
 
 
 def changes(tokenizer, drawn, p, q):
@@ -95,12 +96,17 @@ def pieces(tokenizer, tokens):
 
 def width(text):
     """Columns of a terminal that the text takes"""
-    return sum((unicodedata.east_asian_width(c) in "WF") + (not unicodedata.combining(c)) for c in text)
+    columns = 0
+    for c in text:
+        if not unicodedata.combining(c):
+            columns += 2 if unicodedata.east_asian_width(c) in "WF" else 1
+    return columns
 
 
 def block(v, low, high):
     """V on a scale of eight blocks from low to high"""
-    return BLOCKS[int((v - low) / max(high - low, 1e-9) * 7.99)]
+    share = (v - low) / max(high - low, 1e-9)
+    return BLOCKS[int(7.99 * share)]
 
 
 def lines(text, low, high):
@@ -123,18 +129,24 @@ def lines(text, low, high):
 
 def show_texts(traces, rewards):
     """Print {label: [trace, ..]}, text by text, with their {label: rewards (N,)}."""
-    seen = [v for texts in traces.values() for text in texts if text["V"] for v in text["V"]]
-    low, high = min(seen, default=0.0), max(seen, default=0.0)
+    seen = []
+    for texts in traces.values():
+        for text in texts:
+            seen += text["V"] or []
+    low = min(seen, default=0.0)
+    high = max(seen, default=0.0)
     if seen:
         print(f"under the words: V after each, from {low:+.2f} ({BLOCKS[0]}) to {high:+.2f} ({BLOCKS[-1]})")
-    for i in range(len(next(iter(traces.values())))):
+    for i in range(len(traces["without control"])):
         print()
-        for label, texts in traces.items():
-            print(f"{label}, reward {rewards[label][i]:+.2f}: {texts[i]['prompt']} ..")
-            for line in lines(texts[i], low, high):
+        for label in traces:
+            text = traces[label][i]
+            print(f"{label}, reward {rewards[label][i]:+.2f}: {text['prompt']} ..")
+            for line in lines(text, low, high):
                 print(f"  {line}")
-            if any(texts[i]["kl"]):
-                print(f"  KL {sum(texts[i]['kl']):.2f} nats, {texts[i]['largest']}")
+            spent = sum(text["kl"])
+            if spent > 0:
+                print(f"  KL {spent:.2f} nats, {text['largest']}")
 
 
 # --------------------------------------------------------------------------------------- the table
@@ -143,7 +155,7 @@ def metrics(rollout, rewards, base, texts):
     """What texts earned and cost -> the cells of a row; base (N,): the rewards without control"""
     mask = rollout.mask
     gains = rewards - base
-    error = gains.std().item() / math.sqrt(len(gains)) if len(gains) > 1 else math.nan
+    error = gains.std(correction=0) / math.sqrt(len(gains))
     pairs = []
     for text in texts:
         words = text.split()
@@ -151,12 +163,17 @@ def metrics(rollout, rewards, base, texts):
     distinct = len(set(pairs)) / max(len(pairs), 1)
     perplexity = (-rollout.log_p[mask].mean()).exp()
     kl_text = (rollout.kl * mask).sum(1).mean()
+    kl_token = rollout.kl[mask].mean()
     return [f"{rewards.mean():+.3g}", f"{gains.mean():+.3f}", f"{error:.2g}", f"{kl_text:.3f}",
-            f"{rollout.kl[mask].mean():.2g}", f"{perplexity:.3g}", f"{distinct:.2g}"]
+            f"{kl_token:.2g}", f"{perplexity:.3g}", f"{distinct:.2g}"]
 
 
-def show_row(label, cells):
-    print(f"{label:18}" + "".join(f"{cell:>11}" for cell in cells))
+def show_table(cells):
+    """Print {label: [cell, ..]}, a row each."""
+    print()
+    heads = ["reward", "gain", "+-", "KL a text", "a token", "perplexity", "distinct"]
+    for label, row in {"": heads, **cells}.items():
+        print(f"{label:18}" + "".join(f"{cell:>11}" for cell in row))
 
 
 # -------------------------------------------------------------------------------------- the script
@@ -195,10 +212,10 @@ def parse_args(argv):
         args.strength = [float(word) for word in args.strength.split(",")]
     except ValueError:
         parser.error(f"--strength {args.strength} is no list of numbers such as 0.5,1,2")
-    whole = [args.samples, args.steps, args.seed, args.tokens or 1, args.show + 1]
-    if min(whole) < 1 or args.seed >= 2 ** 63:
+    whole = [args.samples, args.steps, args.seed, 1 if args.tokens is None else args.tokens]
+    if min(whole) < 1 or args.seed >= 2 ** 63 or args.show < 0:
         parser.error("--samples, --steps, --tokens and --seed are 1 or more, --seed below 2^63")
-    above = [args.temperature, args.max_kl, args.top_p, args.radius or 1.0]
+    above = [args.temperature, args.max_kl, args.top_p, 1.0 if args.radius is None else args.radius]
     if not all(number > 0 for number in above):
         parser.error("--temperature, --max-kl, --top-p and --radius are above 0")
     if not all(abs(strength) < 1e6 for strength in args.strength):
@@ -212,7 +229,7 @@ def main(argv=None):
     info = value.info
     name = args.model or info["model"]
     tokens = args.tokens or info["tokens"]
-    radius = args.radius or info["radius"]
+    radius = info["radius"] if args.radius is None else args.radius
     model, tokenizer = load(name, info["tokenizer"], args.device, getattr(torch, info["dtype"]))
     value = value.check_model(model)
     prompts = read_prompts(model, tokenizer, name, args.prompt, args.prompts)
@@ -245,10 +262,7 @@ def main(argv=None):
         traces[label] = [trace(model, tokenizer, value, own, rows, rollout, i, log_probs)
                          for i in range(min(args.show, args.samples))]
     show_texts(traces, rewards)
-    print()
-    show_row("", ["reward", "gain", "+-", "KL a text", "a token", "perplexity", "distinct"])
-    for label in strengths:
-        show_row(label, cells[label])
+    show_table(cells)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ import torch
 from control import (RADIUS, ascend, check_length, generate, readable, step_for_kl,
                      uniform_table)
 from model import InputError, in_turn, load, read_prompts, run_script, show_progress
-from value import ValueNet, bellman_targets, load_reward, rewards_so_far
+from value import ValueNet, bellman_targets, load_reward
 
 # Chosen on trainings 101 and up, for all tasks at once: tests/evidence/RESULTS.md.
 RIDGE = 0.3         # on |g|^2, whitened: without it g is noise where draws say nothing
@@ -57,19 +57,22 @@ def score(reward, tokenizer, prompts, rollout, beginnings=True, progress=None):
     """
     -> so_far (N, T), the reward of each text before y_t was drawn, and outcome (N,), that of the
     finished texts; float64. Without `beginnings` only finished texts are scored, and so_far is 0.
+    Past a text's end so_far means nothing.
     """
     N, T = rollout.mask.shape
-    table = torch.zeros(N, T + 1, dtype=torch.float64)
+    so_far = torch.zeros(N, T, dtype=torch.float64)
+    outcome = torch.zeros(N, dtype=torch.float64)
     for start in range(0, N, GROUP):
         stop = min(start + GROUP, N)
         rows = [rollout.beginnings(tokenizer, prompts, i) for i in range(start, stop)]
         if not beginnings:
             rows = [row[-1:] for row in rows]
-        table[start:stop] = rewards_so_far(reward, rows, T + 1)
+        scores = reward([text for row in rows for text in row])
+        for i, of_row in zip(range(start, stop), scores.split([len(row) for row in rows])):
+            so_far[i, :len(of_row) - 1] = of_row[:-1]
+            outcome[i] = of_row[-1]
         if progress:
             progress(stop, N)
-    outcome = table[:, -1]
-    so_far = table[:, :-1] if beginnings else torch.zeros(N, T, dtype=torch.float64)
     return so_far, outcome
 
 
@@ -111,6 +114,15 @@ def bellman_loss(value, hidden, so_far, draws, rewards, mask, lam):
     return loss[mask].mean()
 
 
+def make_optimizer(value, steps):
+    """AdamW, with weight decay on all but biases, and its falling rate"""
+    biases = [p for p in value.parameters() if p.dim() == 1]
+    weights = [p for p in value.parameters() if p.dim() > 1]
+    optimizer = torch.optim.AdamW([{"params": biases, "weight_decay": 0.0},
+                                   {"params": weights, "weight_decay": DECAY}], lr=RATE)
+    return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+
+
 def train(model, rollout, so_far, rewards, gradient_head, reads_so_far, standardised, lam, seed,
           progress=None):
     """
@@ -134,12 +146,7 @@ def train(model, rollout, so_far, rewards, gradient_head, reads_so_far, standard
     so_far = ((so_far - shift) / scale).float().to(W.device)
     whiten = whitening(rollout.grad_log_p[mask], W) if gradient_head else None
 
-    biases = [p for p in value.parameters() if p.dim() == 1]
-    weights = [p for p in value.parameters() if p.dim() > 1]
-    optimizer = torch.optim.AdamW([{"params": biases, "weight_decay": 0.0},
-                                   {"params": weights, "weight_decay": DECAY}], lr=RATE)
-    steps = EPOCHS * math.ceil(len(mask) / BATCH)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    optimizer, schedule = make_optimizer(value, EPOCHS * math.ceil(len(mask) / BATCH))
     for epoch in range(EPOCHS):
         for rows in torch.randperm(len(mask)).split(BATCH):
             draws = rollout.grad_log_p[rows].float() @ whiten if gradient_head else None

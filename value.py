@@ -17,16 +17,16 @@ makes p_u(y) proportional to p(y) exp(W[y] . u). So all it needs of Q is the par
 W[y]. That part is g, and the draws show it: g is fitted, not differentiated. The mean of grad_log_p
 under p is 0, so V stays the mean of Q over y, as in Bellman's equation.
 
-The policy that maximises E[Q] - beta KL(policy || p) is p(y) exp(Q(y) / beta). Put Q in: this is
-softmax(W (h + g / beta)), one step of gradient ascent of size 1 / beta.
+The policy that maximises E[Q] - beta KL(policy || p) is p(y) exp(Q(y) / beta), up to a constant. Put
+Q in: this is softmax(W (h + g / beta)), one step of gradient ascent of size 1 / beta.
 
-Where one token has nearly all probability, grad_log_p is 0 whatever is drawn: the draws say nothing
-about g. There the ridge (Tikhonov's) keeps g small: push nowhere. b learns how much of what was
-earned will stay; b = 1 is potential-based shaping (Ng et al. 1999).
+Where one token has nearly all probability, grad_log_p is nearly 0 whatever is drawn: draws say
+nothing about g. There the ridge (Tikhonov's) keeps g small: push nowhere. b learns how much of what
+was earned will stay; b = 1 is potential-based shaping (Ng et al. 1999).
 
 Relatives: LM-Steer (arXiv 2305.12798) and RAD-Q (2407.04615) read out g . W[y], REBEL (2404.16767)
 regresses on log-probabilities, PMD-mean (2602.05933) takes the mean in the place of the soft value,
-whose price Q# (2502.20548) shows. A ridge damps natural gradients (Martens 2020); PRE-Control
+whose price Q# (2502.20548) shows. A ridge damps natural gradients (Martens 2020). PRE-Control
 (2510.12121) calls what is missing where draws say nothing excitation.
 
 Limitations: V reads one state and one number, not the text. What h does not hold, V cannot know.
@@ -102,10 +102,10 @@ class ValueNet(nn.Module):
         try:
             saved = read_net(path)
             weights = saved["weights"]
-            width, n_embd = weights["body.0.weight"].shape
+            n_embd = len(weights["mean"])
+            heads, width = weights["value_head.weight"].shape
             with torch.device("meta"):                                      # shapes, no memory
-                value = cls(n_embd, width, "gradient_head.weight" in weights,
-                            len(weights["value_head.bias"]) == 2)
+                value = cls(n_embd, width, "gradient_head.weight" in weights, heads == 2)
             value.load_state_dict(weights, assign=True)
             if saved["fingerprint"].shape != (8, n_embd):
                 raise ValueError("fingerprint of another size")
@@ -114,8 +114,7 @@ class ValueNet(nn.Module):
         except Exception as error:          # of a foreign or damaged file torch may raise anything
             raise InputError(f"{path}: no value net ({type(error).__name__}, {str(error)[:99]!r}); "
                              f"train one with train_value.py, or name another file") from None
-        value.info = saved["info"]
-        value.fingerprint = saved["fingerprint"]
+        value.info, value.fingerprint = saved["info"], saved["fingerprint"]
         return value.requires_grad_(False)
 
     def check_model(self, model):
@@ -197,7 +196,7 @@ class RewardModel:
         n_embd = self.gpt.config.n_embd
         self.weight = self.gpt.extra.get("score.weight")                    # (labels, n_embd)
         self.bias = self.gpt.extra.get("score.bias", 0)
-        if self.weight is None or self.weight.shape != (len(self.weight), n_embd):
+        if self.weight is None or self.weight.shape[1:] != (n_embd,):
             raise InputError(f"{name}: no score.weight of shape (labels, {n_embd}), so it is no "
                              f"classifier; choose another")
         labels = self.read_labels(name)
@@ -239,11 +238,11 @@ class RewardModel:
         tokens = [torch.tensor(row, device=self.weight.device) for row in rows]
         hidden = self.gpt(nn.utils.rnn.pad_sequence(tokens, batch_first=True))
         logits = (hidden @ self.weight.T + self.bias).double().cpu()        # (B, T, labels)
-        chosen = torch.arange(logits.size(-1)) == self.chosen
         score = logits[..., self.chosen]
-        if len(chosen) > 1:
-            score = score - logits[..., ~chosen].logsumexp(-1)
-        return score
+        if logits.size(-1) == 1:
+            return score
+        others = torch.arange(logits.size(-1)) != self.chosen
+        return score - logits[..., others].logsumexp(-1)
 
 
 def load_reward(spec, device="cpu", tokenizer=None):
@@ -296,19 +295,6 @@ def checked_reward(reward, name):
         place = {text: i for i, text in enumerate(distinct)}
         return result[[place[text] for text in texts]]
     return scores
-
-
-def rewards_so_far(reward, rows, width):
-    """
-    N lists of a text's beginnings, the finished text last -> (N, width) float64, the reward of
-    each. From a text's end on the finished text's reward is repeated.
-    """
-    scores = reward([text for row in rows for text in row])
-    table = torch.zeros(len(rows), width, dtype=torch.float64)
-    for i, of_row in enumerate(scores.split([len(row) for row in rows])):
-        table[i] = of_row[-1]
-        table[i, :len(of_row)] = of_row
-    return table
 
 
 # ----------------------------------------------------------- opening a net: a reader may stop here

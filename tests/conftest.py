@@ -1,18 +1,15 @@
-"""Puts the repository on sys.path (nothing is installed), keeps tests off the network and threads few."""
+"""Keeps tests off the network and threads few."""
 import json
 import os
-import sys
 from pathlib import Path
+
+import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "evidence")]
 if (SHARED / "tiktoken_cache").is_dir():
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
-
-import pytest                                                                         # noqa: E402
-import torch                                                                          # noqa: E402
-
 torch.set_num_threads(1)
 
 

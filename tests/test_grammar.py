@@ -5,7 +5,7 @@ import math
 import random
 
 import pytest
-from exact import Exact
+from tests.evidence.exact import Exact
 
 from control import generate, read_prompts, uniform_table
 from model import load

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from tests.conftest import ROOT
 
 import sample
 import train_value

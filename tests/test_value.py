@@ -6,13 +6,13 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT, SHARED, write_safetensors
-from test_model import VOCAB, random_model, tiny_weights, vocabulary_files
+from tests.conftest import ROOT, SHARED, write_safetensors
+from tests.test_files import VOCAB, random_model, vocabulary_files
+from tests.test_model import tiny_weights
 
 import train_value
 from model import InputError, load
-from value import (RewardModel, ValueNet, bellman_targets, fingerprint, load_reward, rewards_so_far,
-                   sentiment)
+from value import RewardModel, ValueNet, bellman_targets, load_reward, sentiment
 
 TOY = ROOT / "tests" / "toy"
 INFO = {"model": "toy", "tokenizer": None, "reward": "sentiment", "reward_tokenizer": None,
@@ -292,12 +292,6 @@ def test_numbers_are_read_in_float64(tmp_path):
     (tmp_path / "far.py").write_text("def reward(texts): return [1e7 + 0.3 * len(t) for t in texts]")
     scores = load_reward(f"{tmp_path / 'far.py'}:reward")(["a", "bb"])
     torch.testing.assert_close(scores.diff().item(), 0.3, atol=1e-8, rtol=0)
-
-
-def test_rewards_so_far_go_on_with_the_finished_texts():
-    table = rewards_so_far(lambda texts: torch.tensor([float(len(t)) for t in texts]),
-                           [["a", "ab", "abc"], ["a"]], 4)
-    assert table.tolist() == [[1, 2, 3, 3], [1, 1, 1, 1]]
 
 
 def test_each_distinct_text_is_scored_once(tmp_path):

@@ -11,7 +11,6 @@ What control by a value function has to beat.
                 weight that grows along the text (Deng and Raffel 2023, arXiv 2310.09520, with the
                 low-rank head of Troshin et al. 2024, arXiv 2407.04615, as we read them)
     best of n   draw n texts, keep the one with the highest reward
-    literal     the paper's net and optimizer to the letter, but four passes over the rollouts
 
 static, lm_steer and rad_q return controller_at(hidden, size) -> u, as control.step_for_kl takes it.
 finetune.py is DPO.
@@ -22,7 +21,6 @@ import torch
 import torch.nn as nn
 
 from control import Sampler
-from value import ValueNet, bellman_targets
 
 
 def static(rollout, outcome, ridge=3.0):
@@ -141,21 +139,3 @@ def best_of_kl(rewards, n):
     p = at_most.diff()
     p_n = (at_most ** n).diff()
     return torch.special.xlogy(p_n, p_n / p).sum().item()
-
-
-def literal(rollout, rewards, seed, epochs=4, batch=64):
-    """Rewards r_t (N, T) -> a frozen ValueNet: ReLU, width 4096, Adam at 1e-4, raw states, lam 0"""
-    torch.manual_seed(seed)
-    value = ValueNet(rollout.hidden.size(-1), 4096, gradient_head=False, reads_so_far=False)
-    value.body[1] = nn.ReLU()
-    value.to(rollout.mask.device)
-    optimizer = torch.optim.Adam(value.parameters(), lr=1e-4)
-    for _ in range(epochs):
-        for rows in torch.randperm(len(rewards)).split(batch):
-            values = value(rollout.hidden[rows])
-            targets = bellman_targets(values.detach(), rewards[rows].float(), rollout.mask[rows], 0.0)
-            loss = (values - targets)[rollout.mask[rows]].square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    return value.requires_grad_(False)

@@ -2,8 +2,8 @@
 Speed: ms a step and tokens a second, without control, with it, and with a budget of KL, beside
 transformers' generate where that is installed, in one run.
 
-    python tests/evidence/bench.py                                   # gpt2's shape, float32, CPU
-    python tests/evidence/bench.py --device cuda --dtype bfloat16 --batches 1,32,256 --shape gpt2-xl
+    python -m tests.evidence.bench                                   # gpt2's shape, float32, CPU
+    python -m tests.evidence.bench --device cuda --dtype bfloat16 --batches 1,32,256 --shape gpt2-xl
 
 Random weights: speed does not depend on them. Rounds are interleaved and medians printed, since the
 machine may be shared. floor: the time to read weights and cache once, at the bandwidth of a large
@@ -12,23 +12,22 @@ every step. The last line is JSON.
 """
 import argparse
 import json
-import math
-import sys
 import time
-from pathlib import Path
+from functools import partial
 from statistics import median
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from control import Sampler, ascend, steer, uniform_table                             # noqa: E402
-from model import GPT, Config                                                         # noqa: E402
-from value import ValueNet                                                            # noqa: E402
+from control import Sampler, ascend, uniform_table
+from model import GPT, Config
+from value import ValueNet
 
 SHAPES = {"gpt2": (768, 12, 12), "gpt2-medium": (1024, 24, 16), "gpt2-large": (1280, 36, 20),
           "gpt2-xl": (1600, 48, 25)}
-PROMPT, ROUNDS = 16, 3
+PROMPT = 16         # tokens
+ROUNDS = 3
+
 
 def seconds(run, device):
     """Of one call, the device's work included."""
@@ -39,6 +38,7 @@ def seconds(run, device):
     wait()
     return time.perf_counter() - started
 
+
 class Kernels(TorchDispatchMode):
     count = 0
 
@@ -46,34 +46,38 @@ class Kernels(TorchDispatchMode):
         self.count += not func.is_view
         return func(*args, **(kwargs or {}))
 
+
 def kernels(sampler):
     """Of one step."""
     with Kernels() as mode:
         sampler.step()
     return mode.count
 
+
 def bandwidth(device):
     """Bytes a second of a sum over 400 MB."""
     numbers = torch.zeros(100_000_000, device=device)
     return numbers.nbytes / min(seconds(numbers.sum, device) for _ in range(5))
 
+
 def samplers(model, batch, tokens):
     """-> {name: a run of `tokens` steps}, {name: kernels}"""
     value = ValueNet(model.config.n_embd).to(model.wte.weight.device).requires_grad_(False)
-    prompts, table = [[50256] * PROMPT] * batch, uniform_table(batch, tokens, 0)
-
-    def push(hidden, steps=1):
-        return ascend(value, hidden, steps, 1.0 / steps)
-    how = {"plain": (None, math.inf), "control": (push, math.inf), "max-kl": (push, 0.1),
-           "30 steps": (lambda hidden: push(hidden, 30), math.inf)}
-    runs, counts = {}, {}
-    for name, (controller, max_kl) in how.items():
-        sampler = Sampler(model, batch, PROMPT + tokens, tokens, False, lambda hidden, c=controller,
-                          k=max_kl: steer(model, hidden, c, 1.0, k))
-        runs[name] = lambda sampler=sampler: sampler.run(prompts, table)
-        sampler.begin(prompts, table)
+    prompts = [[50256] * PROMPT] * batch
+    table = uniform_table(batch, tokens, 0)
+    one_step = partial(ascend, value)
+    ways = {"plain": dict(), "control": dict(controller=one_step),
+            "max-kl": dict(controller=one_step, max_kl=0.1),
+            "30 steps": dict(controller=partial(ascend, value, steps=30, step_size=1 / 30))}
+    runs = {}
+    counts = {}
+    for name, options in ways.items():
+        sampler = Sampler(model, batch, PROMPT + tokens, tokens, **options)
+        runs[name] = partial(sampler.run, prompts, table)
+        sampler.prefill(prompts, table)
         counts[name] = kernels(sampler)
     return runs, counts
+
 
 def transformers_run(shape, batch, tokens, device, dtype):
     """transformers' generate on the same shape, or None."""
@@ -89,6 +93,18 @@ def transformers_run(shape, batch, tokens, device, dtype):
     return lambda: model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0,
                                   max_new_tokens=tokens, min_new_tokens=tokens)
 
+@torch.no_grad()
+def medians(runs, device, tokens):
+    """{name: run} -> {name: ms a step}, the runs in turn"""
+    for run in runs.values():                                   # warm up, and capture
+        run()
+    times = {name: [] for name in runs}
+    for _ in range(ROUNDS):
+        for name, run in runs.items():
+            times[name].append(seconds(run, device) / tokens * 1e3)
+    return {name: median(rounds) for name, rounds in times.items()}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[1])
     parser.add_argument("--shape", choices=SHAPES, default="gpt2")
@@ -97,31 +113,30 @@ def main():
     parser.add_argument("--batches", default="1,32")
     parser.add_argument("--tokens", type=int, default=64, help="drawn a text")
     args = parser.parse_args()
-    dtype, (n_embd, n_layer, n_head) = getattr(torch, args.dtype), SHAPES[args.shape]
+    dtype = getattr(torch, args.dtype)
+    n_embd, n_layer, n_head = SHAPES[args.shape]
+    config = Config(n_vocab=50257, n_positions=1024, n_embd=n_embd, n_layer=n_layer, n_head=n_head,
+                    n_inner=4 * n_embd)
     with torch.device(args.device):
-        model = GPT(Config(50257, 1024, n_embd, n_layer, n_head, 4 * n_embd)).to(dtype).eval()
-    model.requires_grad_(False)
-    speed, results = bandwidth(args.device), []
+        model = GPT(config).to(dtype).eval().requires_grad_(False)
+    weights = sum(weight.nbytes for weight in model.parameters())
+    speed = bandwidth(args.device)
+    results = []
     for batch in map(int, args.batches.split(",")):
         with torch.no_grad():
             runs, counts = samplers(model, batch, args.tokens)
-        if other := transformers_run(args.shape, batch, args.tokens, args.device, dtype):
+        other = transformers_run(args.shape, batch, args.tokens, args.device, dtype)
+        if other:
             runs["transformers"] = other
-        with torch.no_grad():
-            for run in runs.values():                           # warm up, and capture
-                run()
-            times = {name: [] for name in runs}
-            for _ in range(ROUNDS):
-                for name, run in runs.items():
-                    times[name].append(seconds(run, args.device) / args.tokens * 1e3)
-        ms = {name: median(rounds) for name, rounds in times.items()}
+        ms = medians(runs, args.device, args.tokens)
         cache = 2 * n_layer * batch * (PROMPT + args.tokens) * n_embd * dtype.itemsize
-        ms["floor"] = (sum(p.nbytes for p in model.parameters()) + cache) / speed * 1e3
+        ms["floor"] = (weights + cache) / speed * 1e3
         results.append({"batch": batch, "kernels": counts, **ms})
-        print(f"batch {batch:4}  " + "  ".join(f"{name} {t:.2f} ms" for name, t in ms.items()) +
-              f"  {batch / ms['control'] * 1e3:.0f} tokens/s with control")
+        print(f"batch {batch:4}  " + "  ".join(f"{name} {t:.2f} ms" for name, t in ms.items())
+              + f"  {batch / ms['control'] * 1e3:.0f} tokens/s with control")
     print("kernels    " + "  ".join(f"{name} {count}" for name, count in counts.items()))
     print(json.dumps({**vars(args), "ms_a_step": results}))
+
 
 if __name__ == "__main__":
     main()

@@ -11,7 +11,8 @@ chance may put it above 100%). Each training reports on draws of its own, so tha
 trainings is also that of the texts. Each (method, seed) is added to --json as it is done, and not
 done again.
 
-    low     the lowest gain of a single training, in % of its row's mean, at its worst budget
+    low     the lowest single training, in % of its row's mean, at its worst budget: of the share of
+            the optimum where that is known, else of the gain
     R^2     of V for the outcome of uncontrolled texts that it has not seen (values.py has more)
     ppl     perplexity under the uncontrolled model, of the largest budget's texts
     div     distinct pairs of tokens among all pairs, in groups of 100 of these texts
@@ -45,6 +46,7 @@ SHARED = ROOT.parent / "shared"
 TOY = Path(train_value.TOY)
 SETTINGS = ("task", "reward", "judge", "samples", "rollouts", "budgets")     # one a file
 REPORT = 1000       # the uniforms of training 1 have seed 1, of its report 1001, and so on
+EXACT = 6000        # texts whose states give the exact values
 TASKS = {
     "toy": dict(model=TOY, tokens=32, rollouts=4000, samples=8000, budgets=(0.1, 0.3, 0.8),
                 best_of=(2, 3, 5), dpo=dict(rate=1e-4, epochs=4, beta=1), start=grammar.START),
@@ -89,7 +91,7 @@ class Task:
         self.test = read_prompts(self.model, self.tokenizer, name, path=self.settings.get("test"))
         self.exact = None
         if "start" in self.settings and args.reward == "sentiment":
-            self.seen = self.roll_out(self.test, 6000, 777)
+            self.seen = self.roll_out(self.test, EXACT, 777)
             self.exact = Exact(self.model, self.tokenizer, self.test, self.seen.rollout, self.tokens,
                                self.settings["start"])
 
@@ -236,11 +238,13 @@ def cell(points, optimum):
     return text
 
 
-def lowest(columns):
+def lowest(columns, optimum):
     """The lowest single training, as % of its row's mean, at its worst budget"""
     found = []
     for points in columns:
-        gains = [point["gain"] for point in points if "gain" in point]
+        points = [point for point in points if "gain" in point]
+        best = [records.at_kl(optimum, point["kl"]) if optimum else 1.0 for point in points]
+        gains = [point["gain"] / largest for point, largest in zip(points, best)]
         mean = sum(gains) / max(len(gains), 1)
         if mean > 0 and len(gains) > 1:
             found.append(100 * min(gains) / mean)
@@ -250,7 +254,7 @@ def lowest(columns):
 def print_row(name, lines, optimum, width):
     columns = list(zip(*(line["points"] for line in lines)))
     text = f"{name:{width}} {len(lines):2} " + " ".join(cell(points, optimum) for points in columns)
-    text += f" {lowest(columns)}"
+    text += f" {lowest(columns, optimum)}"
     qualities = [line["values"] for line in lines if "values" in line]
     text += f" {records.mean(qualities, 'outcome'):6.3f}" if qualities else "      -"
     last = [point for point in columns[-1] if "gain" in point]
@@ -275,7 +279,7 @@ def print_table(free, lines, methods):
           f"div {free['distinct']:.3f}")
     if optimum:
         cells = []
-        for nats in free["budgets"]:
+        for nats in free.get("budgets", TASKS[free["task"]]["budgets"]):
             gain = records.at_kl(free["mean value"], nats)
             share = 100 * gain / records.at_kl(optimum, nats)
             cells.append(f"{gain:6.3f}    @{nats:<5.2f} {share:5.1f}%")
@@ -290,8 +294,9 @@ def print_table(free, lines, methods):
 
 def constants():
     """What a training depends on besides its row"""
-    names = ("RIDGE", "DECAY", "LAMBDA", "RATE", "EPOCHS", "BATCH")
-    return {name: getattr(train_value, name) for name in names}
+    names = ("RIDGE", "DECAY", "LAMBDA", "LAMBDA_END", "RATE", "EPOCHS", "BATCH")
+    found = {name: getattr(train_value, name) for name in names}
+    return found | {"width": ValueNet(1).body[0].out_features}
 
 
 def known(name, args):
@@ -301,10 +306,11 @@ def known(name, args):
 
 def check_same(path, line, settings):
     """A file's line was made with the settings of this run, or it is the end"""
-    ours = settings | {"constants": constants()}
-    for key in ours.keys() & line.keys():
-        if line[key] != ours[key]:
-            sys.exit(f"{path} was made with {key} {line[key]}, not {ours[key]}; name another --json")
+    ours = settings | constants()
+    theirs = line | line.get("constants", {})
+    for key in ours.keys() & theirs.keys():
+        if theirs[key] != ours[key]:
+            sys.exit(f"{path} was made with {key} {theirs[key]}, not {ours[key]}; name another --json")
 
 
 def complete(args, methods):

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 PAIRS = 16                              # pairs of texts in a batch
 
+
 def states(model, prompts, tokens):
     """Prompts [[token, ..], ..], tokens (N, T) drawn after them -> the states before each draw"""
     rows = [torch.cat([tokens.new_tensor(p), row[:-1]]) for p, row in zip(prompts, tokens)]
@@ -23,6 +24,7 @@ def states(model, prompts, tokens):
     first = torch.tensor([len(prompt) - 1 for prompt in prompts], device=tokens.device)[:, None]
     places = first + torch.arange(tokens.size(1), device=tokens.device)             # (N, T)
     return hidden[torch.arange(len(rows), device=tokens.device)[:, None], places]
+
 
 @torch.no_grad()
 def compared(rollout, model, prompts, other, group=16):
@@ -38,6 +40,7 @@ def compared(rollout, model, prompts, other, group=16):
         drawn[rows] = log_p.gather(-1, tokens[:, :, None])[:, :, 0]
     return replace(rollout, kl=kl, log_p=drawn)
 
+
 def pairs_of(outcome, n_prompts, generator):
     """Rewards (N,), the prompts taken in turn -> rows (pairs, 2), the better text first"""
     turns = torch.randperm(len(outcome) // n_prompts // 2 * 2, generator=generator).view(2, -1, 1)
@@ -45,6 +48,7 @@ def pairs_of(outcome, n_prompts, generator):
     better = (outcome[a] > outcome[b])[:, None]
     pairs = torch.where(better, torch.stack([a, b], 1), torch.stack([b, a], 1))
     return pairs[outcome[a] != outcome[b]]
+
 
 def dpo(model, prompts, rollout, outcome, seed, rate, epochs, beta):
     """Prompts and Rollout of N texts with rewards (N,) -> a tuned copy of the model"""
@@ -68,6 +72,7 @@ def dpo(model, prompts, rollout, outcome, seed, rate, epochs, beta):
         optimizer.step()
         schedule.step()
     return tuned.requires_grad_(False)
+
 
 @torch.no_grad()
 def between(model, tuned, s):

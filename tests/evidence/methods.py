@@ -29,7 +29,6 @@ METHODS = {
     "q-end": row("q-end"),
     "plain": row("plain"),
     "paper": row("paper", radius=math.inf),
-    "literal": row("literal", steps=30, radius=math.inf),
     "static": row("static"),
     "lm-steer": row("lm-steer"),
     "rad-q": row("rad-q"),
@@ -55,11 +54,6 @@ def fit_net(task, method, texts, seed, price=0.0):
     return train_value.train(task.model, rollout, texts.so_far, rewards, **settings, seed=seed)
 
 
-def fit_literal(task, method, texts, seed):
-    rewards = train_value.rewards_at_end(texts.outcome, texts.rollout.mask)
-    return baselines.literal(texts.rollout, rewards, seed)
-
-
 def fit_static(task, method, texts, seed):
     return baselines.static(texts.rollout, texts.outcome)
 
@@ -78,7 +72,7 @@ def fit_dpo(task, method, texts, seed):
 
 
 FITS = dict.fromkeys(train_value.METHODS, fit_net)
-FITS |= {"literal": fit_literal, "static": fit_static, "lm-steer": fit_lm_steer,
+FITS |= {"static": fit_static, "lm-steer": fit_lm_steer,
          "rad-q": fit_rad_q, "dpo": fit_dpo, "none": lambda task, method, texts, seed: None}
 
 

@@ -1,8 +1,21 @@
-"""The records of compare.py, one line of JSON a (method, seed): reading, adding, means and errors."""
+"""
+The records of compare.py, a line of JSON a (method, seed); and from them the table of README.md.
+
+    python -m tests.evidence.records                    # prints the table, from records/*.jsonl
+"""
 import json
+from pathlib import Path
 
 import numpy as np
 import torch
+
+FOLDER = Path(__file__).with_name("records")
+COLUMNS = {"toy": "tiny language", "twist": "second", "late": "third", "reviews": "film reviews"}
+LABELS = {"q": "`q`, the default", "q-end": "`q-end`: the reward at the end only",
+          "guided": "look-ahead with V, 20 passes a token", "dpo": "all weights fine-tuned (DPO)",
+          "rad-q": "RAD-Q's head and loss", "lm-steer": "LM-Steer",
+          "static": "one direction for all states", "plain": "`plain`: V alone, differentiated",
+          "paper": "`paper`: the paper's way"}
 
 
 def read(path):
@@ -32,3 +45,55 @@ def error_of(rows, key):
 def at_kl(curve, kl):
     """A curve [[kl, ..], [gain, ..]] from (0, 0) up -> the gain at this KL"""
     return float(np.interp(kl, *curve))
+
+
+def points_at(lines, method, nats):
+    """A method's points at this budget, one a training"""
+    found = [point for line in lines if line["method"] == method for point in line["points"]]
+    return [point for point in found if point["nats"] == nats and "gain" in point]
+
+
+def share(free, points):
+    """The mean share of the optimum, in percent"""
+    shares = [point["gain"] / at_kl(free["optimum"], point["kl"]) for point in points]
+    return f"{100 * sum(shares) / len(shares):.0f}"
+
+
+def over_static(lines, points):
+    """The gain as a multiple of a static direction's at equal KL"""
+    budgets = [point["nats"] for line in lines if line["method"] == "static" for point in line["points"]]
+    curve = [(0.0, 0.0)]
+    for nats in sorted(set(budgets)):
+        static = points_at(lines, "static", nats)
+        curve.append((mean(static, "kl"), mean(static, "gain")))
+    return f"{mean(points, 'gain') / at_kl(list(zip(*curve)), mean(points, 'kl')):.2f}"
+
+
+def readme_table(folder=FOLDER):
+    """-> the lines of README.md's table: shares at 0.3 nats asked, over static at 1 nat asked"""
+    tasks = {task: read(folder / f"{task}.jsonl") for task in COLUMNS}
+    rows = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---" * (1 + len(COLUMNS)) + "|"]
+    best = []
+    for free, _ in tasks.values():
+        if free and "mean value" in free:
+            best.append(f"{100 * at_kl(free['mean value'], 0.3) / at_kl(free['optimum'], 0.3):.0f}")
+        else:
+            best.append("")
+    rows.append("| the best for E[R], exactly | " + " | ".join(best) + " |")
+    for method, label in LABELS.items():
+        cells = []
+        for free, lines in tasks.values():
+            points = points_at(lines, method, 0.3 if free and "optimum" in free else 1.0)
+            if not points:
+                cells.append("")
+            elif "optimum" in free:
+                cells.append(share(free, points))
+            else:
+                cells.append(over_static(lines, points))
+        if any(cells):
+            rows.append(f"| {label} | " + " | ".join(cells) + " |")
+    return rows
+
+
+if __name__ == "__main__":
+    print(*readme_table(), sep="\n")

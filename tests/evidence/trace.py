@@ -69,7 +69,7 @@ def draw_text(label, text, top, largest):
                      f'font-size="10" text-anchor="end">{v:+.1f}</text>')
     x = LEFT
     for piece, places in text["pieces"]:
-        word = piece.strip()
+        word = piece.strip().replace("<|endoftext|>", "(end)")
         x += LETTER * (len(piece) - len(piece.lstrip()))
         length = LETTER * len(word)
         nats = sum(text["nats"][t] for t in places)

@@ -1,0 +1,89 @@
+"""
+Every table and picture of the evidence, made again from an empty out/.
+
+    python -m tests.evidence.all                    # goes on where it was stopped
+    python -m tests.evidence.all --list             # what there is, and how long each takes
+    python -m tests.evidence.all --only toy,trace
+
+A step's output goes to out/tables/STEP.txt when it is done, and it is not done again; within a step
+compare.py goes on at the training where it was stopped. Minutes are of two shared CPU cores. At the
+end the records and pictures stand in out/: look at them, then copy them to tests/evidence.
+"""
+import argparse
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+OUT = ROOT / "out"
+COMPARE = "tests.evidence.compare --cache out/cache"
+REVIEWS = "q,q-end,static,lm-steer,rad-q,plain,paper,best-of,best-of-compute,dpo"
+STRONG = "--methods q --seeds 3 --budgets 0.5,1,2,4,8,16,32"
+# step: (minutes, modules and their arguments)
+STEPS = {
+    "toy": (90, f"{COMPARE} --task toy", "tests.evidence.values out/toy.jsonl"),
+    "twist": (90, f"{COMPARE} --task twist", "tests.evidence.values out/twist.jsonl"),
+    "late": (90, f"{COMPARE} --task late", "tests.evidence.values out/late.jsonl"),
+    "reviews": (180, f"{COMPARE} --task reviews --seeds 3 --methods {REVIEWS} "
+                     "--judge ../shared/imdb-reward",
+                "tests.evidence.values out/reviews.jsonl"),
+    # guided runs the model 20 times a token: fewer texts
+    "guided": (120, f"{COMPARE} --task reviews --seeds 3 --methods q,guided --samples 600 "
+                    "--budgets 0.3,1 --json out/guided.jsonl",),
+    # each judge is the reward of the other table: a list of words, and a classifier
+    "learned": (240, f"{COMPARE} --task reviews --seeds 3 --methods q,q-end,static "
+                     "--reward ../shared/imdb-reward --judge sentiment --json out/learned.jsonl",),
+    "overdose": (60, f"{COMPARE} --task reviews {STRONG} --samples 1200 "
+                     "--judge ../shared/imdb-reward --json out/overdose.jsonl",
+                 "tests.evidence.chart out/overdose.jsonl out/overdose.svg "
+                 "--shown gain,judged,perplexity,distinct"),
+    "frontier": (1, "tests.evidence.chart out/toy.jsonl out/frontier.svg "
+                    "--methods q,guided,dpo,static,plain,paper",),
+    "trace": (1, "train_value --out out/trace.pt", "tests.evidence.trace out/trace.pt out/trace.svg"),
+    "bench": (10, "tests.evidence.bench --batches 1,32",),
+}
+
+
+def run(step):
+    """Run a step's commands; False if one failed. Its table is written when all went well."""
+    minutes, *commands = STEPS[step]
+    table = OUT / "tables" / f"{step}.txt"
+    if table.exists():
+        print(f"{step}: done, {table.relative_to(ROOT)}")
+        return True
+    print(f"{step}: about {minutes} minutes", flush=True)
+    started = time.time()
+    printed = ""
+    for command in commands:
+        result = subprocess.run([sys.executable, "-m", *command.split()], cwd=ROOT, text=True,
+                                stdout=subprocess.PIPE)
+        printed += f"$ python -m {command}\n{result.stdout}\n"
+        if result.returncode:
+            print(f"{step}: failed\n{printed}")
+            return False
+    took = (time.time() - started) / 60
+    table.parent.mkdir(parents=True, exist_ok=True)
+    table.write_text(f"{printed}{took:.1f} minutes\n", encoding="utf-8")
+    print(f"{printed}{step}: {took:.1f} minutes", flush=True)
+    return True
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[1])
+    parser.add_argument("--list", action="store_true", help="print the steps and do nothing")
+    parser.add_argument("--only", default=",".join(STEPS), help="steps, separated by commas")
+    args = parser.parse_args()
+    steps = args.only.split(",")
+    if args.list:
+        for step in steps:
+            minutes, *commands = STEPS[step]
+            print(f"{step}, about {minutes} minutes")
+            print(*(f"    python -m {command}" for command in commands), sep="\n")
+        return
+    done = [run(step) for step in steps]
+    sys.exit(not all(done))
+
+
+if __name__ == "__main__":
+    main()

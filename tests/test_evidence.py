@@ -1,0 +1,141 @@
+"""The evidence: its arithmetic, README's table against the records, and that its commands run."""
+import json
+import math
+
+import pytest
+import torch
+
+import sample
+import train_value
+from control import ascend, generate, uniform_table
+from model import in_turn, load, read_prompts
+from tests.evidence import baselines, chart, compare, published, records, trace
+from tests.evidence.methods import METHODS
+from value import ValueNet, load_reward
+
+ROOT = compare.ROOT
+TOY = train_value.TOY
+
+
+@pytest.fixture(scope="module")
+def rolled():
+    """Texts of the tiny language: model, tokenizer, prompts, a Rollout with states"""
+    model, tokenizer = load(TOY)
+    prompts = in_turn(read_prompts(model, tokenizer, TOY), 400, 1)
+    return model, tokenizer, prompts, generate(model, prompts, uniform_table(400, 32, 1), record=True)
+
+
+def test_readme_shows_the_records():
+    """Numbers in README's table that no record has"""
+    table = records.readme_table()
+    if not any("`q`" in line for line in table):
+        pytest.skip("no records in tests/evidence/records")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    for line in table:
+        assert line in readme
+
+
+def test_table_cells():
+    optimum = [[0.0, 0.1, 0.4], [0.0, 0.4, 0.8]]
+    points = [{"nats": 0.3, "kl": 0.25, "gain": 0.3}, {"nats": 0.3, "kl": 0.1, "gain": 0.3}]
+    assert records.share({"optimum": optimum}, points) == "62"          # of 1/2 and 3/4
+    static = {"method": "static", "points": [{"nats": 1.0, "kl": 1.0, "gain": 0.2}]}
+    assert records.over_static([static], [{"kl": 0.5, "gain": 0.2}]) == "2.00"
+
+
+def test_best_of_kl():
+    rewards = torch.arange(1000.0)
+    for n in (2, 5):
+        assert abs(baselines.best_of_kl(rewards, n) - (math.log(n) - (n - 1) / n)) < 0.01
+    assert baselines.best_of_kl(torch.ones(10), 5) == 0
+
+
+def fit_on(features, draws, target, ridge):
+    """V = a . f and g = G f by least squares, exactly -> the solution (features x (1 + n_embd),)"""
+    columns = torch.cat([features, (features[:, :, None] * draws[:, None]).flatten(1)], 1)
+    penalty = ridge * torch.eye(columns.size(1), dtype=columns.dtype)
+    return torch.linalg.solve(columns.T @ columns + penalty, columns.T @ target)
+
+
+def test_g_of_a_sum_of_rewards_is_the_sum(rolled):
+    """tests/evidence/README.md, More than one reward: linear, to rounding, on one hidden layer"""
+    model, tokenizer, prompts, rollout = rolled
+    mask = rollout.mask
+    whiten = train_value.whitening(rollout.grad_log_p[mask], model.wte.weight)
+    draws = (rollout.grad_log_p[mask] @ whiten).double()[:, :8]
+    features = ValueNet(64, width=6).features(rollout.hidden[mask]).detach().double()
+    texts = rollout.texts(tokenizer, prompts)
+    praise = load_reward("sentiment")(texts)[:, None].expand(mask.shape)[mask]
+    length = torch.tensor([len(text) / 40 for text in texts]).double()[:, None].expand(mask.shape)[mask]
+    one, other, both = (fit_on(features, draws, target, 0.3)
+                        for target in (praise, length, praise - 0.5 * length))
+    torch.testing.assert_close(both, one - 0.5 * other, rtol=1e-8, atol=1e-10)
+
+
+class Sum:
+    """Two nets that control at once: weights times their g"""
+
+    def __init__(self, nets, weights):
+        self.nets, self.weights = nets, weights
+        self.std = nets[0].std
+
+    def gradient(self, hidden):
+        return sum(weight * net.gradient(hidden) for net, weight in zip(self.nets, self.weights))
+
+
+def test_control_by_a_sum_of_nets_is_the_sum_of_controls():
+    torch.manual_seed(0)
+    nets = [ValueNet(8).requires_grad_(False) for _ in range(2)]
+    for net in nets:
+        torch.nn.init.normal_(net.gradient_head.weight, std=0.01)
+    h = torch.randn(5, 8)
+    u = ascend(Sum(nets, (1.0, -0.5)), h, step_size=2.0)
+    torch.testing.assert_close(u, ascend(nets[0], h, step_size=2.0) - ascend(nets[1], h, step_size=1.0))
+
+
+def test_look_ahead_leaves_the_cache_as_it_was(rolled):
+    """Size 0 draws the uncontrolled texts, though the model ran for every candidate"""
+    model, _, prompts, rollout = rolled
+
+    def sampler(*settings):
+        return baselines.LookAhead(*settings, value=ValueNet(64, reads_so_far=False), size=0.0,
+                                   candidates=3)
+    texts = generate(model, prompts[:20], uniform_table(20, 32, 1), make_sampler=sampler)
+    assert torch.equal(texts.tokens[texts.mask], rollout.tokens[:20][rollout.mask[:20]])
+
+
+def test_every_method_learns_and_controls(tmp_path, monkeypatch, capsys):
+    """All rows on a few texts, then a second run that finds all done, then the pictures"""
+    path = tmp_path / "late.jsonl"
+    monkeypatch.setitem(compare.TASKS["late"], "budgets", (0.3,))
+    monkeypatch.setitem(compare.TASKS["late"], "best_of", (2,))
+    monkeypatch.setattr(baselines, "size_for_kl", lambda texts_at, nats: 1.0)
+    monkeypatch.setattr(compare, "EXACT", 400)
+    arguments = ["--task", "late", "--seeds", "1", "--samples", "40", "--rollouts", "120",
+                 "--json", str(path), "--cache", str(tmp_path)]
+    compare.main(arguments)
+    free, lines = records.read(path)
+    assert [line["method"] for line in lines] == list(METHODS)
+    assert lines[0]["row"]["fit"] == "q" and lines[0]["constants"]["RIDGE"] == train_value.RIDGE
+    before = path.read_text()
+    printed = capsys.readouterr().out
+    compare.main(arguments)
+    assert path.read_text() == before and capsys.readouterr().out == printed
+    with pytest.raises(SystemExit, match="samples"):
+        compare.main([*arguments, "--samples", "41", "--seeds", "2"])
+    chart.main([str(path), str(tmp_path / "f.svg"), "--shown", "gain,perplexity"])
+    assert "optimum" in (tmp_path / "f.svg").read_text(encoding="utf-8")
+    assert json.loads(before.splitlines()[0])["method"] == "none"
+
+
+def test_published_commands_run(tmp_path, capsys):
+    """PUBLISHED.md's commands, on the tiny model; and the picture of a trace"""
+    net = str(tmp_path / "net.pt")
+    train_value.main(["--rollouts", "600", "--out", net])
+    published.main(["--value", net, "--prompts", f"{TOY}/prompts.txt", "--scorer", TOY, "--judge",
+                    "sentiment", "--strength", "0,2", "--each", "5"])
+    assert "dist-3" in capsys.readouterr().out
+    sample.main(["--value", net, "--top-p", "0.9", "--samples", "20"])
+    chosen = trace.choose(trace.traces(net))
+    picture = trace.picture(chosen)
+    assert "without control" in picture and "nats" in picture
