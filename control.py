@@ -39,7 +39,6 @@ from model import Cache, InputError
 
 RADIUS = 10.0       # of the ball, in a state's typical distances from the mean state: for an overdose
 
-
 def ascend(value, hidden, steps=1, step_size=1.0, radius=RADIUS):
     """
     hidden (B, n_embd) -> u (B, n_embd), float32: projected gradient ascent from u = 0.
@@ -55,11 +54,9 @@ def ascend(value, hidden, steps=1, step_size=1.0, radius=RADIUS):
         u = u * (longest / length).clamp(max=1)                                 # back onto the ball
     return u
 
-
 def kl_divergence(log_q, log_p):
     """KL(q || p) in nats: log-probabilities (.., n_vocab) -> (..)"""
     return (log_q.exp() * (log_q - log_p)).sum(-1)
-
 
 def kl_ball(logits, delta, max_kl, iterations=8):
     """
@@ -75,8 +72,7 @@ def kl_ball(logits, delta, max_kl, iterations=8):
 
     target = math.sqrt(0.99 * max_kl)
     log_p = logits.log_softmax(-1)
-    s = target * (2 / variance(log_p.exp())).sqrt()                             # (B,)
-    s = s.clamp(max=1)
+    s = (target * (2 / variance(log_p.exp())).sqrt()).clamp(max=1)              # (B,)
     low = torch.zeros_like(s)
     high = torch.ones_like(s)
     for _ in range(iterations):
@@ -91,7 +87,6 @@ def kl_ball(logits, delta, max_kl, iterations=8):
         s = torch.where(bracketed, newton, (low + high) / 2)
     return low
 
-
 def nucleus(logits, top_p):
     """
     logits (B, n_vocab) -> the same without the tail: the likeliest tokens stay, until they hold
@@ -102,15 +97,14 @@ def nucleus(logits, top_p):
     kept = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, likelier < top_p)
     return logits.masked_fill(~kept, -1e9)
 
-
 def draw(probs, uniform, block=256):
     """
     probs (B, n_vocab), uniform (B, 1) in [0, 1) -> tokens (B,): the first whose cumulative
     probability exceeds uniform times the total.
 
-    In two levels, first the block of `block` tokens, then the token in it, which is many times
-    faster than the CDF of a whole vocabulary. Sums are float64, and what is left of the uniform
-    inside the block stays below the block's total: no token without probability is ever drawn.
+    In two levels, first the block of `block` tokens, then the token in it: many times faster than
+    the CDF of a whole vocabulary. Sums are float64, and what is left of the uniform inside the
+    block stays below the block's total, so no token without probability is drawn.
     """
     padded = F.pad(probs, (0, -probs.size(1) % block))                          # (B, n * block)
     blocks = padded.unflatten(1, (-1, block))                                   # (B, n, block)
@@ -125,7 +119,6 @@ def draw(probs, uniform, block=256):
     rest = torch.minimum(rest, inside[:, -1:] * (1 - 2.0 ** -40))
     return chosen[:, 0] * block + torch.searchsorted(inside, rest, right=True)[:, 0]
 
-
 def controlled_log_probs(model, hidden, controller=None, temperature=1.0, top_p=1.0, max_kl=math.inf):
     """
     hidden (B, n_embd) -> log p and log p_u (B, n_vocab), without and with control.
@@ -133,20 +126,21 @@ def controlled_log_probs(model, hidden, controller=None, temperature=1.0, top_p=
     top_p cuts p to its nucleus before control. max_kl is the most that control may cost, in nats.
     """
     if controller is None:
-        u = torch.zeros_like(hidden)
+        logits, delta = model.unembed(hidden), None
     else:
+        # W h and W u apart: in bfloat16 h + u would round a small u away. One reading of W.
         u = controller(hidden).to(hidden.dtype)
-    # W h and W u apart, since in bfloat16 h + u would round a small u away; in one reading of W.
-    both = model.unembed(torch.stack([hidden, u]))                              # (2, B, n_vocab)
-    if temperature != 1:
-        both = both / temperature
-    logits, delta = both
+        logits, delta = model.unembed(torch.stack([hidden, u]))                 # each (B, n_vocab)
+        delta = delta / temperature
+    logits = logits / temperature
     if top_p < 1:
         logits = nucleus(logits, top_p)
+    log_p = logits.log_softmax(-1)
+    if controller is None:
+        return log_p, log_p
     if max_kl < math.inf:
         delta = delta * kl_ball(logits, delta, max_kl)[:, None]
-    return logits.log_softmax(-1), (logits + delta).log_softmax(-1)
-
+    return log_p, (logits + delta).log_softmax(-1)
 
 # --------------------------------------------------------------------------------- the closed loop
 
@@ -186,12 +180,10 @@ class Rollout:
         drawn = self.drawn(i)
         return [readable(tokenizer, prompts[i] + drawn[:t]) for t in range(len(drawn) + 1)]
 
-
 def readable(tokenizer, tokens):
     """The text of tokens as a reward reads it: "a" in the place of no word at all, as some need one"""
     text = tokenizer.decode(tokens)
     return text if text.strip() else "a"
-
 
 class Sampler:
     """
@@ -238,7 +230,7 @@ class Sampler:
         """h_t -> u_t -> y_t, and the text with y_t -> h_{t+1}, for every row"""
         W, out, t = self.model.wte.weight, self.out, self.t
         log_p, log_q = self.log_probs(self.hidden)                              # (B, n_vocab)
-        probs = log_q.softmax(-1)                           # = log_q.exp(), to the float
+        probs = log_q.exp()
         token = draw(probs, self.uniforms.index_select(1, t))                   # (B,)
         out.tokens.index_copy_(1, t, token[:, None])
         out.mask.index_copy_(1, t, self.alive[:, None])
@@ -278,12 +270,10 @@ class Sampler:
             self.step_or_replay()
         return self.out
 
-
 def uniform_table(samples, n_tokens, seed):
     """(samples, n_tokens) uniforms in [0, 1); a row depends on the seed and its number alone"""
     rows = [np.random.default_rng([seed, i]).random(n_tokens, np.float32) for i in range(samples)]
     return torch.from_numpy(np.stack(rows))
-
 
 def check_length(model, prompts, n_tokens):
     """InputError if a text may grow longer than the model's context"""
@@ -291,7 +281,6 @@ def check_length(model, prompts, n_tokens):
     if longest + n_tokens > model.config.n_positions:
         raise InputError(f"a prompt of {longest} tokens and {n_tokens} more exceed the model's context "
                          f"of {model.config.n_positions}; shorten the prompt or lower --tokens")
-
 
 @torch.no_grad()
 def generate(model, prompts, uniforms, controller=None, temperature=1.0, top_p=1.0, max_kl=math.inf,
@@ -320,7 +309,6 @@ def generate(model, prompts, uniforms, controller=None, temperature=1.0, top_p=1
         if progress:
             progress(stop, N)
     return whole
-
 
 @torch.no_grad()
 def step_for_kl(model, controller_at, rollout, nats, states=512):

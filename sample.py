@@ -29,7 +29,6 @@ COLUMNS = 92            # of a printed line
 SHOWN = 0.3             # nats: a token that moved by less gets no number
 BLOCKS = "▁▂▃▄▅▆▇█"
 
-
 # ------------------------------------------------------------------------------- what control did
 
 @torch.no_grad()
@@ -60,7 +59,6 @@ def trace(model, tokenizer, value, reward, prompts, rollout, i, log_probs):
     return {"prompt": printable(tokenizer.decode(prompt)), "pieces": pieces(tokenizer, drawn),
             "nats": nats.tolist(), "kl": kl.tolist(), "V": V, "largest": largest}
 
-
 def changes(tokenizer, drawn, p, q):
     """What control raised and lowered most where `drawn` was drawn, as probabilities p -> q"""
     def name(token):
@@ -72,11 +70,9 @@ def changes(tokenizer, drawn, p, q):
     lowered = moved((p - q).topk(2).indices)
     return f"most before {name(drawn)}: {raised}; {lowered}"
 
-
 def printable(text):
     """The text without control characters, which a terminal would obey"""
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]", "⏎", text)
-
 
 def pieces(tokenizer, tokens):
     """[token, ..] -> [(text, [t, ..]), ..]: tokens that share a character stay together"""
@@ -93,7 +89,6 @@ def pieces(tokenizer, tokens):
             places = []
     return found
 
-
 def width(text):
     """Columns of a terminal that the text takes"""
     columns = 0
@@ -102,12 +97,10 @@ def width(text):
             columns += 2 if unicodedata.east_asian_width(c) in "WF" else 1
     return columns
 
-
 def block(v, low, high):
     """V on a scale of eight blocks from low to high"""
     share = (v - low) / max(high - low, 1e-9)
     return BLOCKS[int(7.99 * share)]
-
 
 def lines(text, low, high):
     """A trace -> its lines: the words with their nats, and under each line the blocks of V"""
@@ -125,7 +118,6 @@ def lines(text, low, high):
         words += word
     done += [words, blocks]
     return [line for line in done if line]
-
 
 def show_texts(traces, rewards):
     """Print {label: [trace, ..]}, text by text, with their {label: rewards (N,)}."""
@@ -148,7 +140,6 @@ def show_texts(traces, rewards):
             if spent > 0:
                 print(f"  KL {spent:.2f} nats, {text['largest']}")
 
-
 # --------------------------------------------------------------------------------------- the table
 
 def metrics(rollout, rewards, base, texts):
@@ -167,14 +158,12 @@ def metrics(rollout, rewards, base, texts):
     return [f"{rewards.mean():+.3g}", f"{gains.mean():+.3f}", f"{error:.2g}", f"{kl_text:.3f}",
             f"{kl_token:.2g}", f"{perplexity:.3g}", f"{distinct:.2g}"]
 
-
 def show_table(cells):
     """Print {label: [cell, ..]}, a row each."""
     print()
     heads = ["reward", "gain", "+-", "KL a text", "a token", "perplexity", "distinct"]
     for label, row in {"": heads, **cells}.items():
         print(f"{label:18}" + "".join(f"{cell:>11}" for cell in row))
-
 
 # -------------------------------------------------------------------------------------- the script
 
@@ -184,7 +173,6 @@ def own_reward(info):
         raise InputError(f"the net's reward is code, and is run only if you name it: --reward "
                          f"{info['reward']}")
     return info["reward"]
-
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[1], usage=argparse.SUPPRESS,
@@ -202,7 +190,7 @@ def parse_args(argv):
     parser.add_argument("--samples", type=int, default=1000, help="texts a row")
     parser.add_argument("--tokens", type=int, help="drawn a text, at most; None: the net's")
     parser.add_argument("--seed", type=int, default=1002, help="of the draws")
-    parser.add_argument("--show", type=int, default=2, help="texts shown")
+    parser.add_argument("--show", type=int, default=1, help="texts shown")
     parser.add_argument("--model", help="gpt2, gpt2-medium, .. or a directory; None: the net's")
     parser.add_argument("--reward", help="as in train_value.py; None: the net's, unless it is code")
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
@@ -221,7 +209,6 @@ def parse_args(argv):
     if not all(abs(strength) < 1e6 for strength in args.strength):
         parser.error("--strength is within +-1e6")
     return args
-
 
 def main(argv=None):
     args = parse_args(argv)
@@ -263,7 +250,6 @@ def main(argv=None):
                          for i in range(min(args.show, args.samples))]
     show_texts(traces, rewards)
     show_table(cells)
-
 
 if __name__ == "__main__":
     run_script(main)

@@ -52,7 +52,6 @@ HELD_OUT = 1000     # texts to report on
 GROUP = 128         # texts scored in one call
 TOY = str(Path(__file__).with_name("tests") / "toy")
 
-
 def score(reward, tokenizer, prompts, rollout, beginnings=True, progress=None):
     """
     -> so_far (N, T), the reward of each text before y_t was drawn, and outcome (N,), that of the
@@ -75,12 +74,10 @@ def score(reward, tokenizer, prompts, rollout, beginnings=True, progress=None):
             progress(stop, N)
     return so_far, outcome
 
-
 def rewards_at_end(outcome, mask):
     """outcome (N,), mask (N, T) -> r_t (N, T): the outcome at each text's last token, 0 elsewhere"""
     last = torch.arange(mask.size(1), device=mask.device) == mask.sum(1, keepdim=True) - 1
     return outcome.to(mask.device)[:, None] * last
-
 
 def whitening(grad_log_p, W):
     """
@@ -98,7 +95,6 @@ def whitening(grad_log_p, W):
     sizes = sizes.clamp(min=1e-10 * sizes.max())
     return (axes / sizes.sqrt() @ axes.T).float()
 
-
 def bellman_loss(value, hidden, so_far, draws, rewards, mask, lam):
     """
     States hidden and whitened grad_log_p `draws` (B, T, n_embd), the others (B, T) -> the loss, ():
@@ -113,7 +109,6 @@ def bellman_loss(value, hidden, so_far, draws, rewards, mask, lam):
     loss = (Q - target).square() + RIDGE * g.square().sum(-1)
     return loss[mask].mean()
 
-
 def make_optimizer(value, steps):
     """AdamW, with weight decay on all but biases, and its falling rate"""
     biases = [p for p in value.parameters() if p.dim() == 1]
@@ -121,7 +116,6 @@ def make_optimizer(value, steps):
     optimizer = torch.optim.AdamW([{"params": biases, "weight_decay": 0.0},
                                    {"params": weights, "weight_decay": DECAY}], lr=RATE)
     return optimizer, torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-
 
 def train(model, rollout, so_far, rewards, gradient_head, reads_so_far, standardised, lam, seed,
           progress=None):
@@ -162,7 +156,6 @@ def train(model, rollout, so_far, rewards, gradient_head, reads_so_far, standard
     unscale(value, scale, shift, whiten)
     return value.requires_grad_(False)
 
-
 @torch.no_grad()
 def unscale(value, scale, shift, whiten):
     """
@@ -180,7 +173,6 @@ def unscale(value, scale, shift, whiten):
     if whiten is not None:
         value.gradient_head.weight.copy_(scale * whiten @ value.gradient_head.weight)
 
-
 def report(value, rollout, so_far, outcome):
     """Print R^2 over all states of unseen texts: of V for the outcome, and of the reward so far"""
     mask = rollout.mask.cpu()
@@ -196,7 +188,6 @@ def report(value, rollout, so_far, outcome):
     if value.reads_so_far:
         line += f", of the reward so far alone {r_squared(so_far):.3f}"
     print(line)
-
 
 # -------------------------------------------------------------------------------------- the script
 
@@ -225,7 +216,6 @@ def parse_args(argv):
         parser.error("--rollouts, --tokens and --seed are 1 or more, --seed below 2^63")
     return args
 
-
 def check_out(path):
     """Before any work: InputError if the net cannot be written there, or would replace another file"""
     folder = next(parent for parent in path.parents if parent.exists())
@@ -238,7 +228,6 @@ def check_out(path):
         settings = ValueNet.load(path).info                 # InputError if it is no value net
         print(f"{path.name} will be replaced: {settings['method']}, reward {settings['reward']}, "
               f"{settings['rollouts']} rollouts, seed {settings['seed']}")
-
 
 def check_memory(model, rollouts, tokens):
     """Before any work: InputError if the states of all texts are more than the memory"""
@@ -254,7 +243,6 @@ def check_memory(model, rollouts, tokens):
         raise InputError(f"{rollouts} rollouts x {tokens} tokens x {model.config.n_embd} numbers need "
                          f"{needed / 1e9:.0f} GB, and there are {memory / 1e9:.0f}; lower --rollouts")
 
-
 def prepare(args):
     """All that the user can have got wrong, before the first draw -> model, tokenizer, prompts, reward"""
     model, tokenizer = load(args.model, args.tokenizer, args.device, getattr(torch, args.dtype))
@@ -268,7 +256,6 @@ def prepare(args):
           f"{args.device}; {min(len(prompts), args.rollouts)} of {len(prompts)} prompts; reward "
           f"{getattr(reward, 'label', args.reward)}", flush=True)
     return model, tokenizer, prompts, reward
-
 
 def main(argv=None):
     args = parse_args(argv)
@@ -303,7 +290,6 @@ def main(argv=None):
     parameters = sum(weight.numel() for weight in value.parameters())
     print(f"{args.out}: {parameters:,} parameters; step size {step_size:.3g}", flush=True)
     report(value, *roll_out(HELD_OUT, args.seed + 1, "held-out"))
-
 
 if __name__ == "__main__":
     run_script(main)

@@ -46,11 +46,10 @@ import torch.nn as nn
 
 from model import InputError, find_file, load, read_json
 
-
 class ValueNet(nn.Module):
     """V and g on one hidden layer. To try another activation or depth, change `body`."""
 
-    def __init__(self, n_embd, width=32, gradient_head=True, reads_so_far=True):
+    def __init__(self, n_embd, width=16, gradient_head=True, reads_so_far=True):
         super().__init__()
         self.reads_so_far = reads_so_far
         self.body = nn.Sequential(nn.Linear(n_embd, width), nn.Tanh())
@@ -127,13 +126,11 @@ class ValueNet(nn.Module):
                              f"train one for this model with train_value.py")
         return self.to(ours.device)
 
-
 @torch.no_grad()
 def fingerprint(model):
     """The states (8, n_embd) after fixed tokens: models are told apart by what they compute."""
     tokens = torch.arange(1, 9, device=model.wte.weight.device) * 31 % 256
     return model(tokens[None])[0]
-
 
 @torch.no_grad()
 def bellman_targets(values, rewards, mask, lam):
@@ -157,7 +154,6 @@ def bellman_targets(values, rewards, mask, lam):
         targets[:, t] = next_target
     return targets
 
-
 # ----------------------------------------------------------------------------------------- rewards
 # A reward is a callable: N texts, prompt and continuation without special tokens -> N numbers.
 # A text's number must not depend on the other texts of the call.
@@ -168,7 +164,6 @@ love loved lovely memorable moving nice perfect recommend strong superb warm won
 NEGATIVE = frozenset("""annoying awful bad badly bland bored boring cheap clumsy crap disappointed
 disappointing dreadful dull fails flat horrible lack lame mediocre mess nothing painful pathetic
 pointless poor predictable ridiculous silly stupid terrible ugly waste weak worse worst""".split())
-
 
 def sentiment(texts):
     """
@@ -183,7 +178,6 @@ def sentiment(texts):
         n = sum(word in NEGATIVE for word in words)
         scores.append((p - n) / max(p + n, 1))
     return scores
-
 
 class RewardModel:
     """
@@ -244,7 +238,6 @@ class RewardModel:
         others = torch.arange(logits.size(-1)) != self.chosen
         return score - logits[..., others].logsumexp(-1)
 
-
 def load_reward(spec, device="cpu", tokenizer=None):
     """
     sentiment, FILE.py:FUNCTION, or a classifier, DIRECTORY or DIRECTORY:LABEL -> a reward.
@@ -269,14 +262,12 @@ def load_reward(spec, device="cpu", tokenizer=None):
         spec, label = spec.rsplit(":", 1)
     return RewardModel(spec, label, device, tokenizer)
 
-
 @contextlib.contextmanager
 def users_code():
     """What the user's code switches for the whole process is switched back after it."""
     with torch.enable_grad():
         yield
     torch.set_default_dtype(torch.float32)
-
 
 def checked_reward(reward, name):
     """The reward, held to its contract: N texts -> (N,) float64. Each distinct text is scored once."""
@@ -296,14 +287,12 @@ def checked_reward(reward, name):
         return result[[place[text] for text in texts]]
     return scores
 
-
 # ----------------------------------------------------------- opening a net: a reader may stop here
 
 # What train_value.py was asked for, and the control that it found.
 INFO = {"model": str, "tokenizer": (str, type(None)), "dtype": str, "reward": str,
         "reward_tokenizer": (str, type(None)), "method": str, "rollouts": int, "tokens": int,
         "seed": int, "step_size": float, "radius": float, "nats": float}
-
 
 def read_net(path):
     """What ValueNet.save wrote. It may come from anyone: no code is run, every entry is checked."""
