@@ -194,9 +194,10 @@ def test_replayed_steps_are_eager_steps(gpu, case):
 
 
 # What breaks only a GPU: (name, file, the place that is right, what stands there instead, case)
-STEP = "probs = log_q.softmax(-1)"
+STEP = "probs = log_q.exp()"
 UNIFORM = "self.uniforms.index_select(1, t)"
-CALLED = "u = controller(hidden)"
+CALLED = "controller(hidden)]))"
+FREE = "logits, delta = model.unembed(hidden)"
 ENDS = "torch.tensor(model.config.eos_ids, dtype=torch.long, device=weight.device)"
 START = "        self.uniforms.copy_(uniforms)"
 FAULTS = [
@@ -214,8 +215,7 @@ FAULTS = [
     ("allclose", "control", STEP, STEP + "; torch.allclose(probs, probs)", "g"),
     ("an assertion", "control", STEP, STEP + "; assert (probs >= 0).all()", "g"),
     ("a slice to a tensor", "control", STEP, STEP + "; probs[:, :t]", "g"),
-    ("a read without control", "control", "u = torch.zeros_like(hidden)\n    else",
-     "u = torch.zeros_like(hidden) * hidden.abs().max().item()\n    else", "no control"),
+    ("a read without control", "control", FREE, FREE + " + 0 * hidden.sum().item()", "no control"),
     ("a read in the budget", "control", "inside = root", "root.max().item(); inside = root", "a budget"),
     ("a read in the nucleus", "control", "p, order =", "logits.max().item(); p, order =", "temperature"),
     ("a read in ascend", "control", "longest = radius", "length.max().item(); longest = radius", "three steps"),
@@ -228,8 +228,8 @@ FAULTS = [
     ("new_tensor", "control", STEP, STEP + " * log_q.new_tensor([1.0])", "g"),
     ("torch.tensor in ascend", "control", "longest = radius",
      "longest = torch.tensor(1.0, device=u.device) * radius", "three steps"),
-    ("a list as an index", "control", "self.eos_ids).any(-1)",
-     "self.eos_ids)[:, list(range(len(self.eos_ids)))].any(-1)", "g"),
+    ("a list as an index", "control", "self.eos_ids).all(-1)",
+     "self.eos_ids)[:, list(range(len(self.eos_ids)))].all(-1)", "g"),
     ("a list as an index in a store", "baselines", "change[:, self.eos_ids]",
      "change[:, self.eos_ids.numel() * [3] and self.model.config.eos_ids]", "look-ahead"),
     ("numbers of the host", "control", STEP, STEP + " * torch.ones(1).to(t.device)", "g"),
@@ -238,20 +238,20 @@ FAULTS = [
      "self.uniforms.index_select(1, torch.tensor([self.cache.used - 3]))", "g"),
     ("a generator of the host", "control", "token = draw(probs, " + UNIFORM + ")",
      "torch.bernoulli(probs, generator=torch.Generator()); token = draw(probs, " + UNIFORM + ")", "g"),
-    ("u on the host", "control", "u = torch.zeros_like(hidden)\n    else",
-     "u = torch.zeros(hidden.shape)\n    else", "no control"),
+    ("u on the host", "control", FREE,
+     FREE + " + model.unembed(torch.zeros(hidden.shape))", "no control"),
     ("positions on the host", "model", "positions = torch.arange(T, device=tokens.device)",
      "positions = torch.arange(T)", "g"),
     ("slots on the host", "model", "torch.arange(self.window, device=self.rows.device)",
      "torch.arange(self.window)", "g"),
-    ("the cache's rows on the host", "model", "torch.arange(batch, device=weight.device)",
+    ("the cache's rows on the host", "model", "torch.arange(batch, device=W.device)",
      "torch.arange(batch)", "g"),
     ("ends on the host", "control", ENDS, ENDS.replace(", device=weight.device", ""), "g"),
     # what Python does in a step is not done again
     ("a Python number that changes", "control", UNIFORM, "self.uniforms[:, self.cache.used - 3:][:, :1]",
      "g"),
-    ("a count in Python", "control", CALLED,
-     "model.count = getattr(model, 'count', 0) + 1; u = (controller(hidden) + 0 * (hidden + model.count))", "g"),
+    ("a count in Python", "control", "u = torch.zeros_like(hidden, dtype=torch.float32)",
+     "calls = vars(value).setdefault('calls', []); calls.append(0); u = 0 * (hidden + len(calls))", "g"),
     ("a buffer made by the first step", "control", "t += 1",
      "self.one = getattr(self, 'one', None) or [torch.ones_like(t)]; t += 1", "g"),
     ("a branch on the first step", "control", "t += 1",
@@ -284,13 +284,13 @@ FAULTS = [
     ("uniforms in the model's type", "control", "weight.new_zeros(batch, n_tokens, dtype=torch.float32)",
      "weight.new_zeros(batch, n_tokens)", "bfloat16"),
     ("probabilities in W's type", "control", STEP, STEP + ".to(W.dtype).float()", "bfloat16"),
-    ("logits in the model's type", "model", ", self.wte.weight).float()", ", self.wte.weight)", "bfloat16"),
+    ("logits in the model's type", "model", "W.dtype), W).float()", "W.dtype), W)", "bfloat16"),
     ("a float product with W", "control", "probs.to(W.dtype) @ W", "probs @ W", "bfloat16"),
     ("KL in the model's type", "control", "kl=weight.new_zeros(N, T, dtype=torch.float32)",
      "kl=weight.new_zeros(N, T)", "bfloat16"),
-    ("a cache of floats", "model", "self.keys, self.values = weight.new_zeros",
-     "self.keys, self.values = weight.float().new_zeros", "bfloat16"),
-    ("h + u rounded", "control", "torch.stack([hidden, u])", "torch.stack([hidden, (hidden + u) - hidden])",
+    ("a cache of floats", "model", "self.keys = W.new_zeros", "self.keys = W.float().new_zeros", "bfloat16"),
+    ("h + u rounded", "control", "torch.stack([hidden, " + CALLED,
+     "torch.stack([hidden, (hidden + controller(hidden)).to(hidden.dtype) - hidden]))",
      "bfloat16"),
 ]
 
