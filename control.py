@@ -25,8 +25,8 @@ Source: Kong et al. 2024 (arXiv 2406.05954). Where this differs from the paper:
 Draws invert the CDF at one table of uniforms, the same for every control, device and batch. So a
 text without control and one with it form a pair.
 
-Limitations: control looks at the next draw only, V has to know what comes later. No beam search.
-Rounding may turn a draw now and then, in bfloat16 above all.
+Limitations: control looks at the next draw only, V has to know what comes later. Rounding may turn
+a draw now and then, in bfloat16 above all.
 """
 import math
 from dataclasses import dataclass
@@ -42,9 +42,7 @@ RADIUS = 10.0       # of the ball, in a state's typical distances from the mean 
 def ascend(value, hidden, steps=1, step_size=1.0, radius=RADIUS):
     """
     hidden (B, n_embd) -> u (B, n_embd), float32: projected gradient ascent from u = 0.
-
-    After each step, where ||u / std|| > radius sqrt(n_embd), u is scaled back to that length: at
-    radius 1 a state's typical distance from the mean state. A negative step_size descends.
+    After each step a u beyond the ball is scaled back onto it. A negative step_size descends.
     """
     u = torch.zeros_like(hidden, dtype=torch.float32)
     for _ in range(steps):
@@ -100,11 +98,9 @@ def nucleus(logits, top_p):
 def draw(probs, uniform, block=256):
     """
     probs (B, n_vocab), uniform (B, 1) in [0, 1) -> tokens (B,): the first whose cumulative
-    probability exceeds uniform times the total.
-
-    In two levels, first the block of `block` tokens, then the token in it: many times faster than
-    the CDF of a whole vocabulary. Sums are float64, and what is left of the uniform inside the
-    block stays below the block's total, so no token without probability is drawn.
+    probability exceeds uniform times the total. No token without probability is drawn.
+    In two levels: first the block of `block` tokens, then the token in it. Sums are float64, and
+    what is left of the uniform inside the block stays below the block's total.
     """
     padded = F.pad(probs, (0, -probs.size(1) % block))                          # (B, n * block)
     blocks = padded.unflatten(1, (-1, block))                                   # (B, n, block)
@@ -122,15 +118,13 @@ def draw(probs, uniform, block=256):
 def controlled_log_probs(model, hidden, controller=None, temperature=1.0, top_p=1.0, max_kl=math.inf):
     """
     hidden (B, n_embd) -> log p and log p_u (B, n_vocab), without and with control.
-
     top_p cuts p to its nucleus before control. max_kl is the most that control may cost, in nats.
     """
     if controller is None:
         logits, delta = model.unembed(hidden), None
     else:
         # W h and W u apart: in bfloat16 h + u would round a small u away. One reading of W.
-        u = controller(hidden).to(hidden.dtype)
-        logits, delta = model.unembed(torch.stack([hidden, u]))                 # each (B, n_vocab)
+        logits, delta = model.unembed(torch.stack([hidden, controller(hidden)]))    # (B, n_vocab)
         delta = delta / temperature
     logits = logits / temperature
     if top_p < 1:
@@ -248,8 +242,7 @@ class Sampler:
         if self.record:
             out.hidden.index_copy_(1, t, self.hidden[:, None])
             out.grad_log_p.index_copy_(1, t, grad_log_p(W, token, probs)[:, None])
-        ended = (token[:, None] == self.eos_ids).any(-1)
-        self.alive &= ~ended
+        self.alive &= (token[:, None] != self.eos_ids).all(-1)
         self.hidden.copy_(self.model(token[:, None], self.cache)[:, 0])
         t += 1
 
@@ -294,8 +287,7 @@ def generate(model, prompts, uniforms, controller=None, temperature=1.0, top_p=1
              record=False, batch=128, progress=None, make_sampler=Sampler):
     """
     N prompts [[token, ..], ..] and uniforms (N, T) -> a Rollout of N texts of at most T tokens.
-
-    controller: hidden (B, n_embd) -> u (B, n_embd), called once a token; None is u = 0, to the bit.
+    controller: hidden (B, n_embd) -> u (B, n_embd), called once a token; None: u = 0.
     On a GPU the call is captured: what it keeps or counts in Python is frozen at its first step.
     top_p cuts p before control, max_kl is in nats a token (controlled_log_probs). `record` keeps
     the states for training. `progress(done, N)` is called after each batch. InputError if a text
@@ -321,9 +313,8 @@ def generate(model, prompts, uniforms, controller=None, temperature=1.0, top_p=1
 def step_for_kl(model, controller_at, rollout, nats, states=512):
     """
     The step_size > 0 at which controller_at(hidden, step_size) -> u costs `nats` a text, to 0.1%.
-
-    Searched on the exact KL of `states` of the rollout's states, times the tokens of a text. What
-    control changes of later states is left out. InputError if no step costs so much.
+    Searched on the exact KL at `states` of the rollout's states, times the tokens of a text. That
+    control leads to other states is left out. InputError if no step costs so much.
     """
     hidden = rollout.hidden[rollout.mask]
     chosen = torch.randperm(len(hidden), generator=torch.Generator().manual_seed(0))[:states]
