@@ -1,32 +1,35 @@
 """
-The control: before each draw, push the hidden state uphill inside a ball; and the loop it closes.
+Control: before each draw, push the hidden state along g, inside a ball; and the loop that samples.
 
-    u <- P(u + step_size g(h_t + u)),  from u = 0                                   (ascend)
-         g = value.gradient (value.py),  P the projection onto ||u / std|| <= radius sqrt(n_embd)
-    y_t ~ softmax(W (h_t + s u)),  s <= 1 the largest with KL(p_su || p) <= max_kl  (kl_ball)
+    u <- P(u + step_size g(h + u)),  from u = 0         g(h) = value.gradient(h), see value.py
+    y ~ softmax(W (h + u))                              P: u beyond the ball is scaled back onto it
+
+In words: p is the model's distribution of the next token, softmax(W h); p_u the one that control
+makes of it, softmax(W (h + u)). In code: log_p and log_q. KL(p_u || p) is the price, in nats.
 
 What `generate` computes, for one text. The rest of this file is the same, batched and cached:
 
+    tokens = prompt
     for uniform in uniforms:
         h = model(torch.tensor([tokens]))[:, -1]                    # the last hidden state, (1, n_embd)
-        p = model.unembed(h + controller(h)).softmax(-1)[0]         # y ~ softmax(W (h + u))
-        y = int((p.double().cumsum(0) <= uniform).sum())            # the inverse CDF
+        p_u = model.unembed(h + controller(h)).softmax(-1)[0]       # softmax(W (h + u))
+        y = int((p_u.double().cumsum(0) <= uniform).sum())          # the inverse CDF
         tokens = tokens + [y]
         if y in model.config.eos_ids:
             break
 
-Source: Kong et al. 2024 (arXiv 2406.05954). Where this differs from the paper:
-    1. g is learned from the draws (value.py); the paper differentiates V.
-    2. One step, of the size that costs a chosen number of nats (step_for_kl). The paper takes tens
-       of small ones, and limits u by their number.
-    3. A ball around the state, and on request a budget in nats a token.
-    4. Only the state from which the next token is drawn is controlled, not those of the prompt.
+Source: Kong et al. 2024 (arXiv 2406.05954). The main differences from the paper:
+    1. g is learned from the draws (value.py). The paper differentiates V.
+    2. Control takes one step, of the size that costs a chosen number of nats (step_for_kl). The
+       paper takes many small steps, and their number limits u.
+    3. The ball. On request there is also a limit on the nats of each token (kl_ball).
+    4. Only the hidden state of the next draw is controlled, not those of the prompt.
 
-Draws invert the CDF at one table of uniforms, the same for every control, device and batch. So a
-text without control and one with it form a pair.
+Every draw inverts the CDF at a number of one fixed table, whatever the control. So a text without
+control and one with it form a pair.
 
-Limitations: control looks at the next draw only, V has to know what comes later. Rounding may turn
-a draw now and then, in bfloat16 above all.
+Limitations: control looks at the next draw only; what comes later has to be in g. Rounding may
+change a drawn token, in bfloat16 above all.
 """
 import math
 from dataclasses import dataclass
@@ -37,12 +40,14 @@ import torch.nn.functional as F
 
 from model import Cache, InputError
 
-RADIUS = 10.0       # of the ball, in a state's typical distances from the mean state: for an overdose
+# Of the ball. At 1 the longest u is as long as a hidden state's typical distance from their mean.
+# At 10 the ball stops only an overdose.
+RADIUS = 10.0
 
 def ascend(value, hidden, steps=1, step_size=1.0, radius=RADIUS):
     """
     hidden (B, n_embd) -> u (B, n_embd), float32: projected gradient ascent from u = 0.
-    After each step a u beyond the ball is scaled back onto it. A negative step_size descends.
+    The ball is ||u / std|| <= radius sqrt(n_embd). A negative step_size descends.
     """
     u = torch.zeros_like(hidden, dtype=torch.float32)
     for _ in range(steps):
@@ -59,10 +64,11 @@ def kl_divergence(log_q, log_p):
 def kl_ball(logits, delta, max_kl, iterations=8):
     """
     logits, delta (B, n_vocab) -> scale (B,), nearly the largest s in [0, 1] with
-    KL(softmax(logits + s delta) || softmax(logits)) <= max_kl: not above, seldom 2% below.
+    KL(softmax(logits + s delta) || softmax(logits)) <= max_kl: never above, seldom 2% below.
 
-    KL(s) starts as s^2 Var_0(delta) / 2 and its slope is s Var_s(delta). So Newton's method solves
-    sqrt(KL(s)) = sqrt(0.99 max_kl) inside a bracket; a fixed number of steps never waits for a GPU.
+    Var_s is the variance of delta under softmax(logits + s delta). KL(s) starts as s^2 Var_0 / 2
+    and its slope is s Var_s. So sqrt(KL(s)) is nearly a line, and Newton's method, held inside a
+    bracket, solves sqrt(KL(s)) = sqrt(0.99 max_kl). A GPU need not be asked when to stop.
     """
     def variance(probs):
         mean = (probs * delta).sum(-1, keepdim=True)
@@ -99,8 +105,8 @@ def draw(probs, uniform, block=256):
     """
     probs (B, n_vocab), uniform (B, 1) in [0, 1) -> tokens (B,): the first whose cumulative
     probability exceeds uniform times the total. No token without probability is drawn.
-    In two levels: first the block of `block` tokens, then the token in it. Sums are float64, and
-    what is left of the uniform inside the block stays below the block's total.
+    In two levels: first the block of `block` tokens, then the token in it. Sums are float64. What
+    is left of the target inside the block is kept below the block's sum, whatever rounding does.
     """
     padded = F.pad(probs, (0, -probs.size(1) % block))                          # (B, n * block)
     blocks = padded.unflatten(1, (-1, block))                                   # (B, n, block)
@@ -123,7 +129,7 @@ def controlled_log_probs(model, hidden, controller=None, temperature=1.0, top_p=
     if controller is None:
         logits, delta = model.unembed(hidden), None
     else:
-        # W h and W u apart: in bfloat16 h + u would round a small u away. One reading of W.
+        # W h and W u are computed apart, since in bfloat16 h + u would lose a small u.
         logits, delta = model.unembed(torch.stack([hidden, controller(hidden)]))    # (B, n_vocab)
         delta = delta / temperature
     logits = logits / temperature
@@ -143,7 +149,6 @@ def grad_log_p(W, token, probs):
     """
     return W[token] - probs.to(W.dtype) @ W
 
-
 # --------------------------------------------------------------------------------- the closed loop
 
 @dataclass
@@ -155,7 +160,7 @@ class Rollout:
     log_p: torch.Tensor           # log p(y_t) (N, T), without control, nats
     log_q: torch.Tensor           # log p_u(y_t) (N, T), nats
     hidden: torch.Tensor          # h_t (N, T, n_embd) in the model's dtype; (N, 0, n_embd) if not kept
-    grad_log_p: torch.Tensor      # W[y_t] - E_{p_u}[W], likewise
+    grad_log_p: torch.Tensor      # W[y_t] - E_{p_u}[W], of the same shape; without control p_u = p
 
     @classmethod
     def empty(cls, N, T, n_embd, weight, record):
@@ -178,21 +183,21 @@ class Rollout:
         return [readable(tokenizer, prompt + self.drawn(i)) for i, prompt in enumerate(prompts)]
 
     def beginnings(self, tokenizer, prompts, i):
-        """Text i, with its prompt -> [as it was before y_0, before y_1, .., finished]"""
+        """Text i, with its prompt -> T + 1 texts: before y_0 was drawn, before y_1, .., finished"""
         drawn = self.drawn(i)
         return [readable(tokenizer, prompts[i] + drawn[:t]) for t in range(len(drawn) + 1)]
 
 def readable(tokenizer, tokens):
-    """The text of tokens as a reward reads it: "a" in the place of no word at all, as some need one"""
+    """The text that a reward reads; "a" if there is no word in it, because some rewards need one"""
     text = tokenizer.decode(tokens)
     return text if text.strip() else "a"
 
 class Sampler:
     """
-    A batch of texts, drawn side by side. `step` is all that happens. It reads nothing back from the
-    device, and every buffer it writes to is made once: so a GPU may capture and replay it.
+    A batch of texts, drawn side by side: `prefill`, then `step` for each token. On a GPU a step is
+    recorded once as a CUDA graph, which then runs again without Python. So `step` reads nothing back
+    from the device, and writes only to buffers that are made once.
     """
-
     def __init__(self, model, batch, size, n_tokens, record=False,
                  controller=None, temperature=1.0, top_p=1.0, max_kl=math.inf):
         weight, n_embd = model.wte.weight, model.config.n_embd
@@ -206,15 +211,15 @@ class Sampler:
         self.uniforms = weight.new_zeros(batch, n_tokens, dtype=torch.float32)
         self.t = weight.new_zeros(1, dtype=torch.long)
         self.out = Rollout.empty(batch, n_tokens, n_embd, weight, record)
-        self.graphs = {}                                    # {window of the cache: CUDA graph}
+        self.graphs = {}                                    # {number of the window: CUDA graph}
         self.pool = torch.cuda.graph_pool_handle() if weight.is_cuda else None
 
     def log_probs(self, hidden):
-        """hidden (B, n_embd) -> log p, log p_u (B, n_vocab). Another kind of control overrides it."""
+        """hidden (B, n_embd) -> log p, log p_u (B, n_vocab). A subclass may control otherwise."""
         return controlled_log_probs(self.model, hidden, *self.settings)
 
     def prefill(self, prompts, uniforms):
-        """Read the prompts [[token, ..], ..] and stand at their last states."""
+        """Read the prompts [[token, ..], ..] and set self.hidden to their last hidden states."""
         device = self.hidden.device
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         rows = [torch.tensor(prompt, device=device) for prompt in prompts]
@@ -244,10 +249,10 @@ class Sampler:
             out.grad_log_p.index_copy_(1, t, grad_log_p(W, token, probs)[:, None])
         self.alive &= (token[:, None] != self.eos_ids).all(-1)
         self.hidden.copy_(self.model(token[:, None], self.cache)[:, 0])
-        t += 1
+        self.t += 1                                         # in place, as all the others
 
     def step_or_replay(self):
-        """A step. On a GPU the first of each window runs and is then captured; others replay it."""
+        """A step. On a GPU the first of each window is run, then recorded; later ones replay it."""
         window = self.cache.used // Cache.WINDOW
         if window in self.graphs:
             self.graphs[window].replay()
@@ -255,7 +260,7 @@ class Sampler:
             return
         self.step()
         if self.hidden.is_cuda:
-            self.cache.used -= 1                            # recorded as the same step, not run
+            self.cache.used -= 1                            # to record runs nothing: count it once
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool):
                 self.step()
@@ -265,7 +270,7 @@ class Sampler:
         """-> the sampler's own Rollout, which the next run writes over"""
         self.prefill(prompts, uniforms)
         for t in range(uniforms.size(1)):
-            if t % 16 == 0 and not self.alive.any():        # asks the device, so not at each token
+            if t % 16 == 0 and not self.alive.any():        # waits for the device: not every time
                 break
             self.step_or_replay()
         return self.out
@@ -287,11 +292,11 @@ def generate(model, prompts, uniforms, controller=None, temperature=1.0, top_p=1
              record=False, batch=128, progress=None, make_sampler=Sampler):
     """
     N prompts [[token, ..], ..] and uniforms (N, T) -> a Rollout of N texts of at most T tokens.
-    controller: hidden (B, n_embd) -> u (B, n_embd), called once a token; None: u = 0.
-    On a GPU the call is captured: what it keeps or counts in Python is frozen at its first step.
-    top_p cuts p before control, max_kl is in nats a token (controlled_log_probs). `record` keeps
-    the states for training. `progress(done, N)` is called after each batch. InputError if a text
-    would be longer than the model's context.
+    controller: hidden (B, n_embd) -> u (B, n_embd), called once a token; None: u = 0. On a GPU its
+    Python code runs only while a step is recorded, so what it counts or keeps does not change.
+    top_p and max_kl, in nats a token: see controlled_log_probs. `record` keeps the hidden states.
+    `progress(done, N)` is called after each batch. make_sampler: Sampler or a subclass. InputError
+    if a text would be longer than the model's context.
     """
     N, T = uniforms.shape
     check_length(model, prompts, T)
@@ -310,28 +315,29 @@ def generate(model, prompts, uniforms, controller=None, temperature=1.0, top_p=1
     return whole
 
 @torch.no_grad()
-def step_for_kl(model, controller_at, rollout, nats, states=512):
+def step_for_kl(model, controller_at, rollout, nats, n_states=512):
     """
-    The step_size > 0 at which controller_at(hidden, step_size) -> u costs `nats` a text, to 0.1%.
-    Searched on the exact KL at `states` of the rollout's states, times the tokens of a text. That
-    control leads to other states is left out. InputError if no step costs so much.
+    The step size > 0 at which controller_at(hidden, step_size) -> u costs `nats` a text, to 0.1%.
+    The cost is the mean KL at n_states hidden states of the rollout, times the tokens of a text. It
+    leaves out that control leads to other hidden states. InputError if no step costs so much.
     """
     hidden = rollout.hidden[rollout.mask]
-    chosen = torch.randperm(len(hidden), generator=torch.Generator().manual_seed(0))[:states]
-    hidden = hidden[chosen.to(hidden.device)]                                   # (states, n_embd)
+    chosen = torch.randperm(len(hidden), generator=torch.Generator().manual_seed(0))[:n_states]
+    hidden = hidden[chosen.to(hidden.device)]                                   # (n_states, n_embd)
     tokens = rollout.mask.sum(1).float().mean()
-    low, high, step = 0.0, math.inf, 1.0
+    low, high, size = 0.0, math.inf, 1.0
     for i in range(50):
-        log_p, log_q = controlled_log_probs(model, hidden, lambda h: controller_at(h, step))
+        log_p, log_q = controlled_log_probs(model, hidden, lambda h: controller_at(h, size))
         spent = (kl_divergence(log_q, log_p).mean() * tokens).item()
         if abs(spent - nats) < 0.001 * nats:
-            return step
+            return size
         if spent < nats:
-            low = step
+            low = size
         else:
-            high = step
-        step *= math.sqrt(nats / max(spent, 1e-30))                 # KL grows as step^2; where it
-        if not low < step < high or i % 3 == 2:                     # does not, halve the bracket
-            step = (low + min(high, 4 * low + 1e-6)) / 2
-    raise InputError(f"no step of control costs {nats:g} nats a text: V is flat; choose a reward "
-                     f"that varies more, or more rollouts")
+            high = size
+        # KL grows about as size^2. Outside the bracket, and every third time: towards its middle.
+        size *= math.sqrt(nats / max(spent, 1e-30))
+        if not low < size < high or i % 3 == 2:
+            size = (low + min(high, 4 * low + 1e-6)) / 2
+    raise InputError(f"control cannot cost {nats:g} nats a text: its direction is nearly 0, or the ball "
+                     f"stops it; choose a reward that varies more, or more rollouts")

@@ -1,12 +1,14 @@
 """
-GPT-2, open between its last hidden state and its head. In the words of control:
+GPT-2, with its last hidden state in reach. In the terms of control theory:
 
     state      the text so far; the cache of keys and values stands for it
-    observed   h_t = f(text so far)      the last hidden state: an output, which is not fed back
-    drawn      y_t ~ softmax(W h_t)      W: the token embedding, which is also the head
+    observed   h_t = f(text so far)      the last hidden state: an output; the next step does not read it
+    drawn      y_t ~ softmax(W h_t)      W: the token embedding, which is also the output layer
 
     hidden = model(tokens, cache)        # (B, T) -> (B, T, n_embd)
-    logits = model.unembed(hidden)       # W h, a call of its own: control acts between the two
+    logits = model.unembed(hidden)       # W h: a separate call, because control acts between the two
+
+The names of the parts (wte, h, c_attn, ..) are those of the public checkpoints.
 
 Source: Radford et al. 2019, in the layout of the public checkpoints. Limitations: inference only,
 one model.safetensors (not sharded, not pickled), byte-pair tokenizers of GPT-2's kind.
@@ -45,16 +47,17 @@ class Config:
 class Block(nn.Module):
     def __init__(self, config):
         super().__init__()
-        d = config.n_embd
+        C = config.n_embd
         self.n_head = config.n_head
-        self.ln_1 = nn.LayerNorm(d, config.eps)
-        self.attn = nn.ModuleDict({"c_attn": nn.Linear(d, 3 * d), "c_proj": nn.Linear(d, d)})
-        self.ln_2 = nn.LayerNorm(d, config.eps)
-        c_fc, c_proj = nn.Linear(d, config.n_inner), nn.Linear(config.n_inner, d)
+        self.ln_1 = nn.LayerNorm(C, config.eps)
+        self.attn = nn.ModuleDict({"c_attn": nn.Linear(C, 3 * C), "c_proj": nn.Linear(C, C)})
+        self.ln_2 = nn.LayerNorm(C, config.eps)
+        c_fc = nn.Linear(C, config.n_inner)
+        c_proj = nn.Linear(config.n_inner, C)
         self.mlp = nn.ModuleDict({"c_fc": c_fc, "gelu": nn.GELU(config.gelu), "c_proj": c_proj})
 
     def attention(self, x, layer, cache, mask):
-        B, T, C = x.shape                                               # (B, T, n_embd)
+        B, T, C = x.shape                                               # C = n_embd = n_head d
         heads = self.attn.c_attn(x)                                     # -> (B, T, 3 n_embd)
         heads = heads.view(B, T, 3, self.n_head, C // self.n_head)      # -> (B, T, 3, n_head, d)
         q, k, v = heads.permute(2, 0, 3, 1, 4)                          # each (B, n_head, T, d)
@@ -74,16 +77,17 @@ class GPT(nn.Module):
         self.config = config
         self.wte = nn.Embedding(config.n_vocab, config.n_embd)          # W: embedding and head
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))    # no hidden state
         self.ln_f = nn.LayerNorm(config.n_embd, config.eps)
 
     def forward(self, tokens, cache=None, lengths=None):
         """
-        tokens (B, T) -> hidden (B, T, n_embd); from each of them a next token is drawn.
+        tokens (B, T) -> hidden (B, T, n_embd); from each of them a next token can be drawn.
         With a cache the tokens continue each row. Rows of unequal length are padded on the right,
         and lengths (B,) says how many of their tokens are real (None: all).
         """
-        T, mask = tokens.size(1), None
+        T = tokens.size(1)
+        mask = None
         positions = torch.arange(T, device=tokens.device)
         if cache is not None:
             positions, mask = cache.open(T, lengths)                    # (B, T), (B, 1, T, window)
@@ -102,19 +106,22 @@ class GPT(nn.Module):
         """A frozen GPT-2: one of PUBLIC, or a directory."""
         with torch.device("meta"):                                      # shapes, without memory
             model = cls(read_config(name))
-        state = read_weights(name, device, dtype)
-        model.extra = {key: state.pop(key) for key in sorted(state) if key.startswith(HEADS)}
-        unknown = state.keys() - model.state_dict().keys()
+        weights = read_weights(name, device, dtype)
+        # Other heads beside GPT-2's own, such as a classifier's (RewardModel).
+        model.extra = {key: weights.pop(key) for key in sorted(weights) if key.startswith(HEADS)}
+        unknown = weights.keys() - model.state_dict().keys()
         if unknown:
-            raise InputError(f"{name}: {min(unknown)!r} is no part of a GPT-2; choose another")
-        model.load_state_dict(state, assign=True)                       # names what is missing
+            raise InputError(f"{name}: {min(unknown)!r} is not a part of GPT-2; choose another model")
+        model.load_state_dict(weights, assign=True)                     # raises if one is missing
         return model.eval().requires_grad_(False)
 
 class Cache:
     """
     Keys and values of every layer, at most `size` tokens a row; row b holds lengths[b] of them.
     Attention reads the first `window` slots: enough for the longest row, in multiples of WINDOW, so
-    that shapes change rarely (a CUDA graph needs fixed ones). Slots beyond a row's own are masked.
+    that shapes change rarely (a CUDA graph needs fixed ones). Slots that a row has not filled are
+    masked, padding among them, until its next tokens overwrite them. Each pass calls `open` once,
+    then `store` once a layer.
     """
     WINDOW = 64
     def __init__(self, model, batch, size):
@@ -124,7 +131,7 @@ class Cache:
         self.values = W.new_zeros(shape)
         self.rows = torch.arange(batch, device=W.device)[:, None]       # (B, 1)
         self.lengths = torch.zeros_like(self.rows[:, 0])                # (B,)
-        self.used = 0                   # a bound on lengths that is known without asking the device
+        self.used = 0       # at least the largest length, kept in Python: no wait for a GPU
 
     def open(self, T, lengths=None):
         """Room for T more -> their positions (B, T), and mask (B, 1, T, window), 0 or -inf"""
@@ -132,24 +139,26 @@ class Cache:
         windows = math.ceil(self.used / self.WINDOW)
         self.window = min(windows * self.WINDOW, self.keys.size(3))
         self.positions = self.lengths[:, None] + torch.arange(T, device=self.rows.device)
-        self.lengths += T if lengths is None else lengths
+        self.lengths += (T if lengths is None else lengths)
         slots = torch.arange(self.window, device=self.rows.device)
         seen = slots <= self.positions[:, None, :, None]                # -> (B, 1, T, window)
-        return self.positions, seen.to(self.keys.dtype).log()           # as bools: 34 kernels more
+        # log: 1 -> 0, 0 -> -inf. Masks of bools work, but start 34 more kernels (evidence/bench.py).
+        return self.positions, seen.to(self.keys.dtype).log()
 
     def store(self, layer, k, v):
         """Write k, v (B, n_head, T, d) at self.positions (B, T) -> those of the window's slots"""
+        # Indexed so, a layer is (B, T, n_head, d): hence the transpose.
         self.keys[layer][self.rows, :, self.positions] = k.transpose(1, 2)
         self.values[layer][self.rows, :, self.positions] = v.transpose(1, 2)
         return self.keys[layer, :, :, :self.window], self.values[layer, :, :, :self.window]
 
 # ------------------------------------ files from here on: the method can be read without them
 
-# What config.json may ask for: {key: what is implemented; first, what a missing key means}.
+# What config.json may ask for: {key: allowed values}. The first is meant if the key is missing.
 NETWORK = {"model_type": ("gpt2",), "scale_attn_weights": (True,), "add_cross_attention": (False,),
            "scale_attn_by_inverse_layer_idx": (False,),
            "activation_function": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu")}
-# What wrappers put before a name, and the parts on which no logit depends: they are left out.
+# Prefixes that wrappers put before a name are cut. HEADS change no logit: they go to model.extra.
 PREFIXES = r"^((_orig_mod|module|base_model|model|transformer)\.)+"
 HEADS = ("score.", "classifier.", "v_head.", "value_head.", "reward_head.", "multiple_choice_head.")
 # OpenAI stored these four as (in, out); nn.Linear wants (out, in).
@@ -163,7 +172,7 @@ PUBLIC = {"gpt2": "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a
           "gpt2-medium": None, "gpt2-large": None}
 
 def folders(name):
-    """Where a model's files may lie: a directory, the hub's cache, torch's (for what is fetched)"""
+    """Where a model's files may lie: a directory, the hub's cache, torch's cache (for downloads)"""
     owner = "distilbert" if name == "distilgpt2" else "openai-community"
     cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     home = os.environ.get("HF_HOME") or f"{cache}/huggingface"
@@ -183,6 +192,7 @@ def find_file(name, file):
     if name not in PUBLIC or os.path.isdir(name):
         raise InputError(f"{name}: no {file} there; name a directory with config.json and one "
                          f"model.safetensors (not sharded, not pickled), or {', '.join(PUBLIC)}")
+    folder = folders(name)[-1]
     folder.mkdir(parents=True, exist_ok=True)
     url = f"https://huggingface.co/{folder.parent.name}/{name}/resolve/main/{file}"
     sha256 = PUBLIC[name] if file == "model.safetensors" else None
@@ -196,8 +206,9 @@ def read_json(path):
 def check_known(raw, known, where):
     for key, values in known.items():
         if raw.get(key, values[0]) not in values:
-            raise InputError(f"{where}: {key} is {raw[key]!r}, and only {values[0]!r} is "
-                             "implemented; choose another")
+            allowed = ", ".join(map(repr, values))
+            raise InputError(f"{where}: {key} is {raw[key]!r}, and only {allowed} is implemented; "
+                             "choose another model")
 
 def read_config(name):
     """config.json, with the ends of generation_config.json -> Config"""
@@ -218,7 +229,8 @@ def read_config(name):
         if key.startswith("n_") and (type(size) is not int or size < 1):
             raise InputError(f"{path}: {key} is {size!r}, no whole number above 0; choose another")
     if config.n_embd % config.n_head or not 0 <= config.eps < 1:
-        raise InputError(f"{path}: n_head does not divide n_embd, or eps is {config.eps!r}")
+        raise InputError(f"{path}: n_head {config.n_head} does not divide n_embd {config.n_embd}, or "
+                         f"eps is {config.eps!r}; choose another model")
     return config
 
 def read_safetensors(path):
@@ -242,7 +254,7 @@ def read_safetensors(path):
         length = math.prod(entry["shape"]) * dtype.itemsize
         if entry["data_offsets"] != [place - start, place - start + length]:
             raise ValueError(f"{name} in {path.name} is not where it should be")
-        flat = data[place:place + length].clone()   # a copy is aligned, as views need
+        flat = data[place:place + length].clone()   # a copy, because a view needs aligned memory
         tensors[name] = flat.view(dtype).view(entry["shape"])
         place += length
     if place != size:
@@ -262,17 +274,19 @@ def read_weights(name, device, dtype):
         if not state[key].isfinite().all():
             raise InputError(f"{path}: {key} is not finite as {dtype}; choose other weights")
     head = state.pop("lm_head.weight", None)
-    if head is not None and not torch.equal(head, state.setdefault("wte.weight", head)):
+    if head is not None:
+        state.setdefault("wte.weight", head)
+    if head is not None and not torch.equal(head, state["wte.weight"]):
         raise InputError(f"{path}: its head is not its embedding; choose a model with tied weights")
     return state
 
-# How GPT-2 cuts text into pieces before pairs are merged: contractions, words, numbers, signs.
+# GPT-2 first cuts text into pieces: contractions, words, numbers, signs. Then it merges in each.
 PIECES = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 # Tokenizer files spell each byte as a printable character: {character: byte}.
 BYTES = {chr(b): b for b in (*range(33, 127), *range(161, 173), *range(174, 256))}
 BYTES |= {chr(256 + i): b for i, b in enumerate(b for b in range(256) if chr(b) not in BYTES)}
 END = 50256                     # <|endoftext|>, bos and eos of GPT-2's own vocabulary
-# What tokenizer.json may ask for, as in NETWORK. (An unk_token never acts: each byte is a token.)
+# What tokenizer.json may ask for, as in NETWORK. (An unk_token is never used: each byte is a token.)
 TOKENIZER = {
     "normalizer": {"type": (None,)}, "decoder": {"type": ("ByteLevel", None)},
     "pre_tokenizer": {"type": ("ByteLevel",), "add_prefix_space": (False, None),
@@ -347,7 +361,8 @@ def read_vocabulary(folder):
     return vocab | added, merges, added, special & added.keys()
 
 def make_tokenizer(folder, vocab, merges, added, special):
-    """For tiktoken: {bytes: token}, in which smaller tokens are merged earlier, and other names"""
+    """What tiktoken needs: {bytes: token} of bytes and merges, in which a smaller token is merged
+    first, and {name: token} of the tokens that no merge makes"""
     where = f"{folder}: its tokenizer is not GPT-2's kind"
     if not vocab.keys() >= BYTES.keys():
         raise InputError(f"{where}: some bytes are no token; train it with all in its alphabet")
@@ -379,12 +394,14 @@ def load_tokenizer(name, default=None):
         return Tokenizer(tiktoken.get_encoding("gpt2"), {"<|endoftext|>": END}, {END})
     if default:
         return load_tokenizer(default)
-    raise InputError(f"{name}: no tokenizer.json, no vocab.json; --tokenizer gpt2 means GPT-2's")
+    raise InputError(f"{name}: no tokenizer.json, no vocab.json there; name a tokenizer, for example "
+                     "--tokenizer gpt2")
 
 def settle_ends(config, tokenizer):
     """
-    Only tokens of the vocabulary are bos or eos. If config.json names none, GPT-2's vocabulary has
-    its own; if it has 50256, GPT-2's, that may be a word of another vocabulary.
+    Only tokens of the vocabulary can be bos or eos. If config.json names none and the vocabulary is
+    GPT-2's, they are 50256. If config.json names 50256, but that is a word of this vocabulary, the
+    number was left over from GPT-2 and is dropped.
     """
     own = [END] if tokenizer.encode("<|endoftext|>") == [END] else []
     known = set(range(tokenizer.n_vocab))
@@ -396,7 +413,10 @@ def settle_ends(config, tokenizer):
     tokenizer.special |= known & {config.bos_id, *config.eos_ids}
 
 def load(name, tokenizer=None, device="cpu", dtype=torch.float32):
-    """-> model, tokenizer. Rows of W that name no token are cut off: they cannot be drawn."""
+    """
+    -> model, tokenizer. Rows of W without a token are cut off: they cannot be drawn. For a tiny model
+    torch is set to one thread, for the whole process: more only get in each other's way.
+    """
     try:
         model = GPT.from_pretrained(name, device, dtype)
         tokenizer = load_tokenizer(name, tokenizer)
@@ -410,12 +430,12 @@ def load(name, tokenizer=None, device="cpu", dtype=torch.float32):
     W = model.wte.weight
     if n > len(W):
         last = tokenizer.encoding.decode([n - 1])
-        raise InputError(f"{name}: {n} names for {len(W)} tokens, and no row in W for {last!r}; "
-                         "choose the model's own tokenizer, or remove the name from its files")
+        raise InputError(f"{name}: {n} tokens, but {len(W)} rows in W, none for {last!r}; choose the "
+                         "model's own tokenizer, or remove the name from its files")
     model.wte.weight = nn.Parameter(W[:n].clone(), requires_grad=False)
     model.config.n_vocab = n
     if model.wte.weight.numel() < 1e6:
-        torch.set_num_threads(1)        # a tiny model on a busy machine: seconds, not minutes
+        torch.set_num_threads(1)
     return model, tokenizer
 
 def read_prompts(model, tokenizer, name, texts=(), path=None):
@@ -446,12 +466,12 @@ def read_prompts(model, tokenizer, name, texts=(), path=None):
     return prompts
 
 def in_turn(prompts, n, seed):
-    """n prompts: each in turn; of more than n, n that the seed draws"""
+    """n of the prompts: repeated in order if there are fewer, chosen by the seed if there are more"""
     if len(prompts) > n:
         return random.Random(seed).sample(prompts, n)
     return [prompts[i % len(prompts)] for i in range(n)]
 
-TENTHS = {}                     # {label: what a log was told last}
+TENTHS = {}                     # {label: the last tenth printed}
 
 def show_progress(label, done, total):
     """To stderr: a terminal's line is rewritten, a log gets a line each tenth."""
@@ -464,9 +484,9 @@ def show_progress(label, done, total):
         print(f"{label} {done} of {total}", file=sys.stderr, flush=True)
 
 def run_script(main):
-    """main(), with the ends that a user meets: bad input is one line and exit code 2."""
+    """Run main(). Bad input prints one line and exits with code 2."""
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")        # where the terminal has no blocks or é
+        sys.stdout.reconfigure(errors="replace")        # if the terminal cannot print blocks or é
     try:
         main()
         sys.stdout.flush()
@@ -475,6 +495,6 @@ def run_script(main):
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:                             # `| head`: nobody reads on
+    except BrokenPipeError:                             # the reader of the pipe, `| head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

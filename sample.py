@@ -2,16 +2,20 @@
 Draw texts from a frozen GPT-2 without and with control: what control gained, and where it acted.
 
     python sample.py                                        # after train_value.py
-    python sample.py --strength 0.5,1,2,4                   # a row each: gain at a price in nats
+    python sample.py --strength 0.5,1,2,4                   # one row per strength
     python sample.py --value out/gpt2.pt --prompt "The movie was"
 
-All rows have the same prompts and the same random draws, so texts differ by control alone. In a
-text, `truly funny(+0.6) and` says that control raised log p of " funny" by 0.6 nats. Blocks stand
-under the words: V after each word, what the text will earn if it goes on without control.
+All rows have the same prompts and the same random numbers, so texts differ by control alone. In a
+text, `truly funny(+0.6) and` says that control raised the log-probability of " funny" by 0.6 nats.
+Under each word a block shows V after it: what the text will earn if it goes on without control.
 
-The table: mean reward; the gain and its standard error over pairs of texts; KL(p_u || p), what
-control costs, in nats a text and a token; perplexity under the model without control; the share of
-pairs of words that are distinct (low: dull). Compare gains at equal KL.
+The table:
+    reward        mean reward
+    gain, +-      mean gain over the texts without control, in pairs, and its standard error
+    KL a text     KL(p_u || p), the price of control, in nats per text; "a token": per token
+    perplexity    of the texts under the model without control, at this temperature and top-p
+    distinct      share of neighbouring pairs of words that are distinct (low: texts repeat)
+Compare gains at equal KL, and `distinct` between rows of one table.
 """
 import argparse
 import math
@@ -26,7 +30,7 @@ from model import InputError, in_turn, load, read_prompts, run_script, show_prog
 from value import ValueNet, load_reward
 
 COLUMNS = 92            # of a printed line
-SHOWN = 0.3             # nats: a token that moved by less gets no number
+SHOWN = 0.3             # nats: a word whose log-probability moved by less gets no number
 BLOCKS = "▁▂▃▄▅▆▇█"
 
 # ------------------------------------------------------------------------------- what control did
@@ -34,11 +38,14 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 @torch.no_grad()
 def trace(model, tokenizer, value, reward, prompts, rollout, i, log_probs):
     """
-    What happened in text i of a rollout -> {prompt, pieces, nats, kl, V, largest}.
-
-    pieces: see below; nats (T,): log p_u(y_t) - log p(y_t); kl (T,); V (T,): the forecast after
-    y_t, and after the last token the reward. `reward` None: V cannot be told, and is None.
-    `log_probs`: hidden -> log p, log p_u.
+    What happened in text i of a rollout, as a dictionary:
+        prompt      a string
+        pieces      [(word, [t, ..]), ..], see `pieces`
+        nats        log p_u(y_t) - log p(y_t), T numbers
+        kl          KL(p_u || p) where y_t was drawn, T numbers
+        V           the forecast after y_t, T numbers, the last one the reward; None without `reward`
+        largest     what control changed where its KL was largest, a string
+    reward: the one that V was trained for, or None. log_probs: hidden -> log p, log p_u.
     """
     mask, prompt = rollout.mask[i], prompts[i]
     drawn = rollout.tokens[i][mask].tolist()
@@ -47,10 +54,11 @@ def trace(model, tokenizer, value, reward, prompts, rollout, i, log_probs):
     V = None
     if reward:
         texts = rollout.beginnings(tokenizer, prompts, i)                       # T + 1
-        if not value.reads_so_far:
-            texts = texts[-1:] * len(texts)                 # a reward may judge finished texts only
-        so_far = reward(texts)
-        V = value(hidden[1:], so_far[1:-1].to(hidden.device)).tolist() + [so_far[-1].item()]
+        if not value.reads_so_far:                          # then only the finished text is scored
+            texts = [texts[-1]] * len(texts)
+        so_far = reward(texts)                                                  # (T + 1,)
+        V = value(hidden[1:], so_far[1:-1].to(hidden.device)).tolist()          # after y_0, y_1, ..
+        V.append(so_far[-1].item())
     kl = rollout.kl[i][mask]
     nats = (rollout.log_q - rollout.log_p)[i][mask]
     t = int(kl.argmax())
@@ -60,7 +68,7 @@ def trace(model, tokenizer, value, reward, prompts, rollout, i, log_probs):
             "nats": nats.tolist(), "kl": kl.tolist(), "V": V, "largest": largest}
 
 def changes(tokenizer, drawn, p, q):
-    """What control raised and lowered most where `drawn` was drawn, as probabilities p -> q"""
+    """What control raised and lowered most at the draw of `drawn`, as probabilities p -> p_u"""
     def name(token):
         return repr(tokenizer.encoding.decode([token]))
 
@@ -68,10 +76,10 @@ def changes(tokenizer, drawn, p, q):
         return ", ".join(f"{name(y)} {p[y]:.2f} -> {q[y]:.2f}" for y in tokens.tolist())
     raised = moved((q - p).topk(2).indices)
     lowered = moved((p - q).topk(2).indices)
-    return f"most before {name(drawn)}: {raised}; {lowered}"
+    return f"most at the draw of {name(drawn)}:\n  raised {raised}; lowered {lowered}"
 
 def printable(text):
-    """The text without control characters, which a terminal would obey"""
+    """The text without characters that could change the terminal"""
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]", "⏎", text)
 
 def pieces(tokenizer, tokens):
@@ -102,29 +110,29 @@ def block(v, low, high):
     share = (v - low) / max(high - low, 1e-9)
     return BLOCKS[int(7.99 * share)]
 
-def lines(text, low, high):
+def lines(traced, low, high):
     """A trace -> its lines: the words with their nats, and under each line the blocks of V"""
     words = blocks = ""
     done = []
-    for piece, places in text["pieces"]:
-        nats = sum(text["nats"][t] for t in places)
+    for piece, places in traced["pieces"]:
+        nats = sum(traced["nats"][t] for t in places)
         word = piece if abs(nats) < SHOWN else f"{piece}({nats:+.1f})"
         if width(words + word) > COLUMNS and words:
             done += [words, blocks]
             words = blocks = ""
-        column = width(words) + len(piece) - len(piece.lstrip(" "))
-        if text["V"]:
-            blocks = blocks.ljust(column) + block(text["V"][places[-1]], low, high)
+        column = width(words) + len(piece) - len(piece.lstrip(" "))             # of the first letter
+        if traced["V"]:
+            blocks = blocks.ljust(column) + block(traced["V"][places[-1]], low, high)
         words += word
     done += [words, blocks]
     return [line for line in done if line]
 
 def show_texts(traces, rewards):
-    """Print {label: [trace, ..]}, text by text, with their {label: rewards (N,)}."""
+    """Print {label: [trace, ..]}: each text under all labels, with its reward of {label: (N,)}."""
     seen = []
-    for texts in traces.values():
-        for text in texts:
-            seen += text["V"] or []
+    for of_label in traces.values():
+        for traced in of_label:
+            seen += traced["V"] or []
     low = min(seen, default=0.0)
     high = max(seen, default=0.0)
     if seen:
@@ -132,13 +140,13 @@ def show_texts(traces, rewards):
     for i in range(len(traces["without control"])):
         print()
         for label in traces:
-            text = traces[label][i]
-            print(f"{label}, reward {rewards[label][i]:+.2f}: {text['prompt']} ..")
-            for line in lines(text, low, high):
+            traced = traces[label][i]
+            print(f"{label}, reward {rewards[label][i]:+.2f}: {traced['prompt']} ..")
+            for line in lines(traced, low, high):
                 print(f"  {line}")
-            spent = sum(text["kl"])
+            spent = sum(traced["kl"])
             if spent > 0:
-                print(f"  KL {spent:.2f} nats, {text['largest']}")
+                print(f"  KL {spent:.2f} nats, {traced['largest']}")
 
 # --------------------------------------------------------------------------------------- the table
 
@@ -168,8 +176,8 @@ def show_table(cells):
 # -------------------------------------------------------------------------------------- the script
 
 def own_reward(info):
-    """The reward that the net names. A net may come from anyone: code in a file is not run for it."""
-    if ".py" in info["reward"]:
+    """The reward that the net names. A net may come from anyone: code that it names is not run."""
+    if re.search(r"\.py(:\w+)?$", info["reward"]):
         raise InputError(f"the net's reward is code, and is run only if you name it: --reward "
                          f"{info['reward']}")
     return info["reward"]
@@ -178,21 +186,22 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[1], usage=argparse.SUPPRESS,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--value", default="out/value.pt", help="a net of train_value.py")
-    parser.add_argument("--strength", default="1", help="times the trained step size, a row each: "
-                        "0.5,1,2; the other way: --strength=-1")
-    parser.add_argument("--steps", type=int, default=1, help="of ascent; they share the step size")
-    parser.add_argument("--radius", type=float, help="of the ball around the state; None: the net's")
-    parser.add_argument("--max-kl", type=float, default=math.inf, help="nats a token, at most")
+    parser.add_argument("--strength", default="1", help="factors of the trained step size, for example "
+                        "0.5,1,2: one row per factor. To push the other way: --strength=-1")
+    parser.add_argument("--steps", type=int, default=1, help="of ascent, each of step size / steps")
+    parser.add_argument("--radius", type=float, help="of the ball; None: as trained")
+    parser.add_argument("--max-kl", type=float, default=math.inf, help="nats per token, at most")
     parser.add_argument("--top-p", type=float, default=1.0, help="cut p to its nucleus, then control")
     parser.add_argument("--temperature", type=float, default=1.0, help="divides all logits")
-    parser.add_argument("--prompt", action="append", default=[], help="may be given again")
-    parser.add_argument("--prompts", help="a text file, a prompt a line; None: the model's own")
-    parser.add_argument("--samples", type=int, default=1000, help="texts a row")
-    parser.add_argument("--tokens", type=int, help="drawn a text, at most; None: the net's")
-    parser.add_argument("--seed", type=int, default=1002, help="of the draws")
+    parser.add_argument("--prompt", action="append", default=[], help="can be repeated")
+    parser.add_argument("--prompts", help="a text file with one prompt per line; None: prompts.txt in "
+                        "the model's directory, or the empty text")
+    parser.add_argument("--samples", type=int, default=1000, help="texts per row")
+    parser.add_argument("--tokens", type=int, help="drawn per text, at most; None: as trained")
+    parser.add_argument("--seed", type=int, default=1002, help="of the draws: not a seed of training")
     parser.add_argument("--show", type=int, default=1, help="texts shown")
-    parser.add_argument("--model", help="gpt2, gpt2-medium, .. or a directory; None: the net's")
-    parser.add_argument("--reward", help="as in train_value.py; None: the net's, unless it is code")
+    parser.add_argument("--model", help="gpt2, gpt2-medium, .. or a directory; None: as trained")
+    parser.add_argument("--reward", help="see train_value.py; None: as trained, unless it is code")
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     parser.add_argument("--device", choices=devices, default=devices[0], help="of the model")
     args = parser.parse_args(argv)
@@ -200,54 +209,65 @@ def parse_args(argv):
         args.strength = [float(word) for word in args.strength.split(",")]
     except ValueError:
         parser.error(f"--strength {args.strength} is no list of numbers such as 0.5,1,2")
-    whole = [args.samples, args.steps, args.seed, 1 if args.tokens is None else args.tokens]
-    if min(whole) < 1 or args.seed >= 2 ** 63 or args.show < 0:
-        parser.error("--samples, --steps, --tokens and --seed are 1 or more, --seed below 2^63")
-    above = [args.temperature, args.max_kl, args.top_p, 1.0 if args.radius is None else args.radius]
-    if not all(number > 0 for number in above):
-        parser.error("--temperature, --max-kl, --top-p and --radius are above 0")
+    for name in ("samples", "steps", "tokens", "seed"):
+        number = getattr(args, name)
+        if number is not None and not 1 <= number < 2 ** 63:
+            parser.error(f"--{name} must be 1 or more, and below 2^63")
+    for name in ("temperature", "max_kl", "top_p", "radius"):
+        number = getattr(args, name)
+        if number is not None and not number > 0:
+            parser.error(f"--{name.replace('_', '-')} must be above 0")
+    if args.show < 0:
+        parser.error("--show must be 0 or more")
     if not all(abs(strength) < 1e6 for strength in args.strength):
-        parser.error("--strength is within +-1e6")
+        parser.error("--strength must be within +-1e6")
     return args
+
+def fill_in(args, info):
+    """What was not given is as the net was trained. -> whether V may be shown: if nothing differs"""
+    args.model = args.model or info["model"]
+    args.reward = args.reward or own_reward(info)
+    args.tokens = args.tokens or info["tokens"]
+    args.radius = args.radius or info["radius"]
+    same = args.reward == info["reward"] and args.tokens == info["tokens"]
+    return same and args.temperature == 1 and args.top_p >= 1
 
 def main(argv=None):
     args = parse_args(argv)
     value = ValueNet.load(args.value)
     info = value.info
-    name = args.model or info["model"]
-    tokens = args.tokens or info["tokens"]
-    radius = info["radius"] if args.radius is None else args.radius
-    model, tokenizer = load(name, info["tokenizer"], args.device, getattr(torch, info["dtype"]))
+    as_trained = fill_in(args, info)
+    model, tokenizer = load(args.model, info["tokenizer"], args.device, getattr(torch, info["dtype"]))
     value = value.check_model(model)
-    prompts = read_prompts(model, tokenizer, name, args.prompt, args.prompts)
+    prompts = read_prompts(model, tokenizer, args.model, args.prompt, args.prompts)
     rows = in_turn(prompts, args.samples, args.seed)
-    reward_name = args.reward or own_reward(info)
-    reward = load_reward(reward_name, args.device, info["reward_tokenizer"])
+    reward = load_reward(args.reward, args.device, info["reward_tokenizer"])
     print(f"net {args.value}: {info['method']}, step size {info['step_size']:.3g}; reward "
-          f"{reward_name}; {len(prompts)} prompts")
-    own = reward if (reward_name, tokens) == (info["reward"], info["tokens"]) else None
-    if not own:
-        print(f"no line of V: it forecasts {info['reward']} of texts of {info['tokens']} tokens")
+          f"{args.reward}; {len(prompts)} prompts")
+    if not as_trained:
+        print(f"V is not shown: it was trained for the reward {info['reward']}, {info['tokens']} tokens, "
+              f"temperature 1 and top-p 1")
 
     strengths = {"without control": 0.0}
     strengths |= {f"strength {strength:g}": strength for strength in args.strength}
-    table = uniform_table(args.samples, tokens, args.seed)
+    uniforms = uniform_table(args.samples, args.tokens, args.seed)
     rewards = {}
     traces = {}
     cells = {}
     for label, strength in strengths.items():
-        how = dict(controller=None, temperature=args.temperature, top_p=args.top_p, max_kl=args.max_kl)
+        controller = None
         if strength != 0:
-            step_size = strength * info["step_size"] / args.steps
-            how["controller"] = partial(ascend, value, steps=args.steps, step_size=step_size,
-                                        radius=radius)
-        rollout = generate(model, rows, table, **how, progress=partial(show_progress, label))
+            controller = partial(ascend, value, steps=args.steps, radius=args.radius,
+                                 step_size=strength * info["step_size"] / args.steps)
+        how = dict(controller=controller, temperature=args.temperature, top_p=args.top_p,
+                   max_kl=args.max_kl)
+        rollout = generate(model, rows, uniforms, **how, progress=partial(show_progress, label))
         texts = rollout.texts(tokenizer, rows)
         rewards[label] = reward(texts)
         cells[label] = metrics(rollout, rewards[label], rewards["without control"], texts)
         log_probs = partial(controlled_log_probs, model, **how)
-        traces[label] = [trace(model, tokenizer, value, own, rows, rollout, i, log_probs)
-                         for i in range(min(args.show, args.samples))]
+        traces[label] = [trace(model, tokenizer, value, reward if as_trained else None, rows, rollout,
+                               i, log_probs) for i in range(min(args.show, args.samples))]
     show_texts(traces, rewards)
     show_table(cells)
 

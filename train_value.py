@@ -1,20 +1,22 @@
 """
 Train a value function on the hidden states of a frozen GPT-2: rollouts -> rewards -> net -> report.
+Read value.py first: its words are used here.
 
     python train_value.py                                           # the tiny model, ten seconds
     python train_value.py --model gpt2 --prompts tests/openings.txt --out out/gpt2.pt
 
-    1. draw texts without control; keep each state and each grad_log_p
+    1. draw texts without control; keep each hidden state and each grad_log_p
     2. score every text, and every beginning of it: the reward so far
-    3. fit Q to the Bellman equation (value.py)
+    3. fit Q to the Bellman equation
     4. find the step size that costs NATS, save the net, report on texts that it has not seen
 
---method is one row of METHODS. The paper's way (arXiv 2406.05954) is `paper`; `q` differs in
-    1. g, learned from the draws                (paper and plain: V alone, differentiated)
-    2. the reward so far, an input of V         (q-end, plain, paper: none, for rewards that judge
-                                                 finished texts only)
-    3. TD(lambda) with LAMBDA                   (paper: one-step targets, lambda 0)
-    4. states standardised, in a ball           (paper: raw states, no ball)
+--method is one row of METHODS:
+
+    q        g is learned; V reads the reward so far                    (the default)
+    q-end    g is learned; V does not read it: for rewards that judge finished texts only
+    plain    V alone, differentiated
+    paper    the same with one-step targets (lambda 0), raw hidden states and no ball, as in arXiv
+             2406.05954; with sample.py --steps 30 it comes near to the paper's own way
 """
 import argparse
 import math
@@ -30,14 +32,14 @@ from control import (RADIUS, ascend, check_length, generate, readable, step_for_
 from model import InputError, in_turn, load, read_prompts, run_script, show_progress
 from value import ValueNet, bellman_targets, load_reward
 
-# Chosen on trainings 101 and up, for all tasks at once: tests/evidence/RESULTS.md.
-RIDGE = 0.3         # on |g|^2, whitened: without it g is noise where draws say nothing
-DECAY = 1.0         # weight decay of AdamW, not on biases: for rewards that say little
-LAMBDA = 0.8        # of TD(lambda) where V reads the reward so far
-LAMBDA_END = 0.95   # where it does not: V knows less, so its forecasts count for less
-RATE = 0.01         # of AdamW, falling to 0 as a cosine
+# Chosen with seeds 101 and up, one setting for all tasks (tests/evidence/RESULTS.md); results use others.
+RIDGE = 0.3         # weight of |g|^2: without it g is noise where the draws say nothing
+DECAY = 1.0         # weight decay of AdamW, not on biases: holds g where rewards are noisy
+LAMBDA = 0.8        # of TD(lambda), if V reads the reward so far
+LAMBDA_END = 0.95   # if it does not: V then knows less, and its forecasts are trusted less
+RATE = 0.01         # learning rate of AdamW, falling to 0 as a cosine
 EPOCHS = 4
-BATCH = 64          # texts a step
+BATCH = 64          # texts per optimizer step
 METHODS = {
     "q": dict(gradient_head=True, reads_so_far=True, standardised=True, lam=LAMBDA, radius=RADIUS),
     "q-end": dict(gradient_head=True, reads_so_far=False, standardised=True, lam=LAMBDA_END,
@@ -47,7 +49,7 @@ METHODS = {
     "paper": dict(gradient_head=False, reads_so_far=False, standardised=False, lam=0.0,
                   radius=math.inf),
 }
-NATS = 0.5          # a text: what the saved step size costs
+NATS = 0.5          # per text: what the saved step size costs, on hidden states without control
 HELD_OUT = 1000     # texts to report on
 GROUP = 128         # texts scored in one call
 TOY = str(Path(__file__).with_name("tests") / "toy")
@@ -56,7 +58,7 @@ def score(reward, tokenizer, prompts, rollout, beginnings=True, progress=None):
     """
     -> so_far (N, T), the reward of each text before y_t was drawn, and outcome (N,), that of the
     finished texts; float64. Without `beginnings` only finished texts are scored, and so_far is 0.
-    Past a text's end so_far means nothing.
+    After a text's end so_far means nothing.
     """
     N, T = rollout.mask.shape
     so_far = torch.zeros(N, T, dtype=torch.float64)
@@ -67,38 +69,40 @@ def score(reward, tokenizer, prompts, rollout, beginnings=True, progress=None):
         if not beginnings:
             rows = [row[-1:] for row in rows]
         scores = reward([text for row in rows for text in row])
-        for i, of_row in zip(range(start, stop), scores.split([len(row) for row in rows])):
-            so_far[i, :len(of_row) - 1] = of_row[:-1]
-            outcome[i] = of_row[-1]
+        parts = scores.split([len(row) for row in rows])                        # one per text
+        for i, part in zip(range(start, stop), parts):
+            so_far[i, :len(part) - 1] = part[:-1]
+            outcome[i] = part[-1]
         if progress:
             progress(stop, N)
     return so_far, outcome
 
 def rewards_at_end(outcome, mask):
     """outcome (N,), mask (N, T) -> r_t (N, T): the outcome at each text's last token, 0 elsewhere"""
-    last = torch.arange(mask.size(1), device=mask.device) == mask.sum(1, keepdim=True) - 1
-    return outcome.to(mask.device)[:, None] * last
+    end = mask.sum(1, keepdim=True) - 1                                         # (N, 1)
+    is_last = torch.arange(mask.size(1), device=mask.device) == end             # (N, T)
+    return outcome.to(mask.device)[:, None] * is_last
 
 def whitening(grad_log_p, W):
     """
     grad_log_p (n, n_embd) of draws, W (n_vocab, n_embd) -> M^-1/2 (n_embd, n_embd), symmetric.
 
-    M is the second moment of grad_log_p plus that of uniformly chosen tokens. Whitened, draws are
-    alike in all directions, and AdamW favours none. The second part binds directions that only rare
-    tokens have. In float64: float32 loses the small directions. Eigenvalues are at least 1e-10 of
-    the largest.
+    M is the second moment of grad_log_p plus that of uniformly chosen tokens. Multiplied by M^-1/2,
+    draws are spread equally in all directions, so that the ridge and AdamW treat all alike. Without
+    the uniform tokens, a direction in which only rare tokens differ would be blown up. In float64,
+    because float32 loses small directions; eigenvalues are at least 1e-10 of the largest.
     """
     drawn = grad_log_p.double()
     tokens = W.double() - W.double().mean(0)
     M = drawn.T @ drawn / len(drawn) + tokens.T @ tokens / len(tokens)
     sizes, axes = torch.linalg.eigh(M)
     sizes = sizes.clamp(min=1e-10 * sizes.max())
-    return (axes / sizes.sqrt() @ axes.T).float()
+    return ((axes / sizes.sqrt()) @ axes.T).float()
 
 def bellman_loss(value, hidden, so_far, draws, rewards, mask, lam):
     """
-    States hidden and whitened grad_log_p `draws` (B, T, n_embd), the others (B, T) -> the loss, ():
-    the mean over real tokens of (Q - target)^2 + RIDGE |g|^2. A net without g is fitted by V alone.
+    The mean over real tokens of (Q - target)^2 + RIDGE |g|^2; without g, of (V - target)^2.
+    hidden and draws, the whitened grad_log_p or None: (B, T, n_embd). The others: (B, T).
     """
     V = value(hidden, so_far)                                                   # (B, T)
     target = bellman_targets(V.detach(), rewards, mask, lam)
@@ -110,7 +114,7 @@ def bellman_loss(value, hidden, so_far, draws, rewards, mask, lam):
     return loss[mask].mean()
 
 def make_optimizer(value, steps):
-    """AdamW, with weight decay on all but biases, and its falling rate"""
+    """AdamW, with weight decay on all but biases, and the schedule of its learning rate"""
     biases = [p for p in value.parameters() if p.dim() == 1]
     weights = [p for p in value.parameters() if p.dim() > 1]
     optimizer = torch.optim.AdamW([{"params": biases, "weight_decay": 0.0},
@@ -122,7 +126,7 @@ def train(model, rollout, so_far, rewards, gradient_head, reads_so_far, standard
     """
     A Rollout with states, so_far and rewards r_t (N, T) -> a frozen ValueNet.
 
-    For training, outcomes get mean 0 and deviation 1, and grad_log_p is whitened; `unscale` undoes
+    For training, outcomes get mean 0 and deviation 1, and grad_log_p is whitened. `unscale` undoes
     both. InputError if the loss diverges.
     """
     torch.manual_seed(seed)
@@ -135,8 +139,9 @@ def train(model, rollout, so_far, rewards, gradient_head, reads_so_far, standard
         value.std.copy_(std.clamp(min=1e-6))
 
     scale, shift = torch.std_mean(rewards.sum(1))
-    shifts = rewards_at_end(shift.expand(len(mask)), mask.cpu())
-    rewards = ((rewards - shifts) / scale).float().to(W.device)
+    ones = torch.ones(len(mask), dtype=rewards.dtype)
+    rewards = rewards - shift * rewards_at_end(ones, mask.cpu())                # the last one of each
+    rewards = (rewards / scale).float().to(W.device)
     so_far = ((so_far - shift) / scale).float().to(W.device)
     whiten = whitening(rollout.grad_log_p[mask], W) if gradient_head else None
 
@@ -150,7 +155,7 @@ def train(model, rollout, so_far, rewards, gradient_head, reads_so_far, standard
             optimizer.step()
             schedule.step()
         if not loss.isfinite():
-            raise InputError(f"training diverged in epoch {epoch + 1}; choose a smaller RATE")
+            raise InputError(f"training diverged in epoch {epoch + 1}; lower RATE in train_value.py")
         if progress:
             progress(epoch + 1, EPOCHS)
     unscale(value, scale, shift, whiten)
@@ -159,11 +164,12 @@ def train(model, rollout, so_far, rewards, gradient_head, reads_so_far, standard
 @torch.no_grad()
 def unscale(value, scale, shift, whiten):
     """
-    Turn a net of standardised outcomes into one of outcomes: V <- shift + scale V, g <- scale g.
-    V's head becomes float64, since a reward may be large and vary little.
+    Turn a net of standardised outcomes into one of outcomes. g <- scale M^-1/2 g, and
+        V <- shift + scale (a + b (s - shift) / scale) = (scale a - shift b + shift) + b s
+    V's head becomes float64, because float32 loses a reward that is large and varies little.
     """
     head = value.value_head.double()
-    if value.reads_so_far:              # shift + scale (a + b (r - shift) / scale)
+    if value.reads_so_far:
         head.weight[0].mul_(scale).sub_(shift * head.weight[1])
         head.bias[0].mul_(scale).sub_(shift * head.bias[1])
     else:
@@ -174,7 +180,7 @@ def unscale(value, scale, shift, whiten):
         value.gradient_head.weight.copy_(scale * whiten @ value.gradient_head.weight)
 
 def report(value, rollout, so_far, outcome):
-    """Print R^2 over all states of unseen texts: of V for the outcome, and of the reward so far"""
+    """Print R^2 over all hidden states of new texts, of V and of the reward so far as forecasts"""
     mask = rollout.mask.cpu()
     truth = outcome[:, None].expand(mask.shape)[mask]
     if truth.var() == 0:
@@ -195,25 +201,29 @@ def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[1], usage=argparse.SUPPRESS,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--reward", default="sentiment", help="sentiment; FILE.py:FUNCTION, from a "
-                        "list of texts to a number each, which must not depend on the other texts; "
-                        "or a GPT-2 classifier's DIRECTORY or DIRECTORY:LABEL")
+                        "list of texts to one number each, which must not depend on the other texts; "
+                        "or DIRECTORY or DIRECTORY:LABEL of a GPT-2 classifier")
     parser.add_argument("--method", choices=METHODS, default="q", help="a row of METHODS")
     parser.add_argument("--rollouts", type=int, default=4000, help="texts to learn from")
-    parser.add_argument("--tokens", type=int, default=32, help="tokens drawn a text, at most")
+    parser.add_argument("--tokens", type=int, default=32, help="tokens drawn per text, at most")
     parser.add_argument("--seed", type=int, default=1, help="of the draws and of the net")
     parser.add_argument("--model", default=TOY, help="gpt2, gpt2-medium, .. or a directory")
-    parser.add_argument("--tokenizer", help="of a model without tokenizer files, such as gpt2")
-    parser.add_argument("--reward-tokenizer", help="of a classifier without tokenizer files")
-    parser.add_argument("--prompts", help="a text file, a prompt a line; None: prompts.txt beside the "
-                        "model, or the empty text. The model's bos, if any, comes before each")
+    parser.add_argument("--tokenizer", help="for a model without tokenizer files, for example gpt2")
+    parser.add_argument("--reward-tokenizer", help="for a classifier without tokenizer files")
+    parser.add_argument("--prompts", help="a text file with one prompt per line; None: prompts.txt in "
+                        "the model's directory, or the empty text. The bos, if any, comes before each")
     parser.add_argument("--out", default="out/value.pt", help="where the net is saved")
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     parser.add_argument("--device", choices=devices, default=devices[0], help="of the model")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32",
                         help="of the model's weights")
     args = parser.parse_args(argv)
-    if min(args.rollouts, args.tokens, args.seed) < 1 or args.seed >= 2 ** 63:
-        parser.error("--rollouts, --tokens and --seed are 1 or more, --seed below 2^63")
+    if args.rollouts < 2:
+        parser.error("--rollouts must be 2 or more")
+    if args.tokens < 1:
+        parser.error("--tokens must be 1 or more")
+    if not 1 <= args.seed < 2 ** 63:
+        parser.error("--seed must be 1 or more, and below 2^63")
     return args
 
 def check_out(path):
@@ -221,18 +231,23 @@ def check_out(path):
     folder = next(parent for parent in path.parents if parent.exists())
     try:
         with tempfile.TemporaryDirectory(dir=folder) as empty:
-            Path(empty, path.name).touch()
+            Path(empty, path.name).touch()                  # is the name possible?
     except OSError as error:
         raise InputError(f"--out {path}: cannot be written ({error.strerror}); choose another")
-    if path.exists():
-        settings = ValueNet.load(path).info                 # InputError if it is no value net
-        print(f"{path.name} will be replaced: {settings['method']}, reward {settings['reward']}, "
-              f"{settings['rollouts']} rollouts, seed {settings['seed']}")
+    if not path.exists():
+        return
+    try:
+        info = ValueNet.load(path).info
+    except InputError as error:
+        raise InputError(f"--out {path}: is there, and holds something else ({error}); remove it, or "
+                         f"choose another --out") from None
+    print(f"{path.name} will be replaced: {info['method']}, reward {info['reward']}, "
+          f"{info['rollouts']} rollouts, seed {info['seed']}")
 
 def check_memory(model, rollouts, tokens):
     """Before any work: InputError if the states of all texts are more than the memory"""
     numbers = rollouts * tokens * model.config.n_embd
-    needed = 20 * numbers       # bytes: the states, grad_log_p, a copy in float32, one in float64
+    needed = (4 + 4 + 4 + 8) * numbers      # hidden, grad_log_p, a copy in float32, one in float64
     if model.wte.weight.is_cuda:
         memory = torch.cuda.mem_get_info()[1]
     elif hasattr(os, "sysconf"):
@@ -244,13 +259,14 @@ def check_memory(model, rollouts, tokens):
                          f"{needed / 1e9:.0f} GB, and there are {memory / 1e9:.0f}; lower --rollouts")
 
 def prepare(args):
-    """All that the user can have got wrong, before the first draw -> model, tokenizer, prompts, reward"""
+    """Check all that the user gave, before the first draw -> model, tokenizer, prompts, reward"""
     model, tokenizer = load(args.model, args.tokenizer, args.device, getattr(torch, args.dtype))
     prompts = read_prompts(model, tokenizer, args.model, path=args.prompts)
     check_length(model, prompts, args.tokens)
     check_memory(model, args.rollouts, args.tokens)
     reward = load_reward(args.reward, args.device, args.reward_tokenizer)
-    reward([readable(tokenizer, prompt) for prompt in prompts[:2]])
+    if METHODS[args.method]["reads_so_far"]:                # a first try, before hours of draws
+        reward([readable(tokenizer, prompt) for prompt in prompts[:2]])
     parameters = sum(weight.numel() for weight in model.parameters())
     print(f"{Path(args.model).resolve().name}: {parameters:,} parameters, frozen, {args.dtype} on "
           f"{args.device}; {min(len(prompts), args.rollouts)} of {len(prompts)} prompts; reward "
@@ -259,7 +275,7 @@ def prepare(args):
 
 def main(argv=None):
     args = parse_args(argv)
-    out = Path(args.out).absolute()                         # a reward may change the folder
+    out = Path(args.out).absolute()         # the code of a reward may change the working directory
     check_out(out)
     model, tokenizer, prompts, reward = prepare(args)
     settings = dict(METHODS[args.method])

@@ -1,35 +1,44 @@
 """
 V, a forecast of the reward; g, the direction in which control pushes; and the rewards themselves.
 
-    x = (h - mean) / std                   h: a hidden state; mean and std of the training states
-    f = tanh(W1 x + b1)                    one hidden layer
-    V(h, r) = a(f) + b(f) r                the expected reward of the finished text, if it goes on
-                                           without control; r: the reward of the text so far
-    g(h) = G f                             where to push h, so that the next draw earns more
-    Q(h, r, y) = V(h, r) + g(h) . grad_log_p(y)        the value of drawing token y
-    grad_log_p(y) = W[y] - E_p[W]          gradient of log softmax(W (h + u))[y] in u, at u = 0
-    target_t = (1 - lam) V_{t+1} + lam target_{t+1}    at a text's last token: its reward
-    loss = mean of (Q_t - target_t)^2 + RIDGE |g_t|^2
+    h                   a hidden state of GPT-2; W its token embedding, which is also its output layer
+    p = softmax(W h)    the probabilities of the next token y;  p_u = softmax(W (h + u)) under control
+    s                   "so far": the reward of the unfinished text
 
-Kong et al. 2024 (arXiv 2406.05954) train V alone and climb dV/dh. But V is fitted to states that
-were seen, and no draw tells how it changes between them. Control acts on the next draw only: it
-makes p_u(y) proportional to p(y) exp(W[y] . u). So all it needs of Q is the part that is linear in
-W[y]. That part is g, and the draws show it: g is fitted, not differentiated. The mean of grad_log_p
-under p is 0, so V stays the mean of Q over y, as in Bellman's equation.
+    x = (h - mean) / std                   mean and std of the training states
+    z = tanh(W1 x + b1)                    one hidden layer
+    V(h, s) = a(z) + b(z) s                the expected reward of the finished text, if it goes on
+                                           without control; b: how much of s will stay
+    g(h) = G z                             where to push h, so that the next draw earns more
+    grad_log_p(y) = W[y] - E_p[W]          the gradient of log p_u(y) in u, at u = 0
+    Q(h, s, y) = V(h, s) + g(h) . grad_log_p(y)            the value of drawing y
 
-The policy that maximises E[Q] - beta KL(policy || p) is p(y) exp(Q(y) / beta), up to a constant. Put
-Q in: this is softmax(W (h + g / beta)), one step of gradient ascent of size 1 / beta.
+Bellman's equation: a text is worth what it will be worth one token later, V(h_t) = E_y V(h_{t+1}),
+and at its end its reward. Training fits Q to the draws by least squares; TD(lambda) blends the
+forecast one token later (lam 0) with the reward that the text did get (lam 1):
 
-Where one token has nearly all probability, grad_log_p is nearly 0 whatever is drawn: draws say
-nothing about g. There the ridge (Tikhonov's) keeps g small: push nowhere. b learns how much of what
-was earned will stay; b = 1 is potential-based shaping (Ng et al. 1999).
+    target_t = reward_t + (1 - lam) V_{t+1} + lam target_{t+1}       reward_t: 0 but at the last token
+    loss = mean of (Q_t - target_t)^2 + RIDGE |g_t|^2                RIDGE, whitened g: train_value.py
 
-Relatives: LM-Steer (arXiv 2305.12798) and RAD-Q (2407.04615) read out g . W[y], REBEL (2404.16767)
-regresses on log-probabilities, PMD-mean (2602.05933) takes the mean in the place of the soft value,
-whose price Q# (2502.20548) shows. A ridge damps natural gradients (Martens 2020). PRE-Control
-(2510.12121) calls what is missing where draws say nothing excitation.
+When texts are drawn, only g is used: u = step_size g(h). V is its baseline, and the forecast shown.
 
-Limitations: V reads one state and one number, not the text. What h does not hold, V cannot know.
+Why g is learned. Kong et al. 2024 (arXiv 2406.05954) train V alone and climb dV/dh. But V is fitted
+at hidden states that were seen, and nothing shows how it changes between them. Control acts on the
+next draw only: p_u(y) is proportional to p(y) exp(W[y] . u). So it can use only that part of Q which
+is linear in W[y]. That part is g, and the draws show it. The mean of grad_log_p under p is 0, so V
+stays the mean of Q over y. The best policy at the price beta per nat is p(y) exp(Q(y) / beta), up to
+a constant factor: this is softmax(W (h + g / beta)), so 1 / beta is the step size.
+
+Why the ridge. Where one token has nearly all probability, its grad_log_p is nearly 0, so the draws say
+next to nothing about g. There the ridge keeps g near 0, and control does nothing.
+
+Relatives. Read-out g . W[y]: LM-Steer (arXiv 2305.12798), RAD-Q (2407.04615). Regression on
+log-probabilities: REBEL (2404.16767). The mean in the place of the soft value: PMD-mean (2602.05933);
+Q# (2502.20548) shows what that costs. Ridge: Tikhonov, damping of natural gradients (Martens 2020).
+What is missing where draws say nothing: excitation, as PRE-Control (2510.12121) names it. b = 1:
+potential-based shaping (Ng et al. 1999).
+
+Limitations: V reads one hidden state and one number, not the text. It cannot know what is not there.
 """
 import contextlib
 import math
@@ -47,10 +56,11 @@ import torch.nn as nn
 from model import InputError, find_file, load, read_json
 
 class ValueNet(nn.Module):
-    """V and g on one hidden layer. To try another activation or depth, change `body`."""
+    """V and g on one hidden layer. To try another, change `body`; its last width is `width`."""
 
     def __init__(self, n_embd, width=16, gradient_head=True, reads_so_far=True):
         super().__init__()
+        assert gradient_head or not reads_so_far, "dV/dh is taken of a V that reads h alone"
         self.reads_so_far = reads_so_far
         self.body = nn.Sequential(nn.Linear(n_embd, width), nn.Tanh())
         self.value_head = nn.Linear(width, 2 if reads_so_far else 1)        # a and b, or a alone
@@ -62,29 +72,30 @@ class ValueNet(nn.Module):
         self.register_buffer("std", torch.ones(n_embd))
 
     def features(self, hidden):
-        """hidden (.., n_embd) -> f (.., width)"""
+        """hidden (.., n_embd) -> z (.., width)"""
         return self.body((hidden.float() - self.mean) / self.std)
 
     def forward(self, hidden, so_far=None):
         """hidden (.., n_embd), so_far (..), if the net reads it -> V (..)"""
-        f = self.features(hidden).to(self.value_head.weight.dtype)
-        heads = self.value_head(f)                                          # (.., 2) or (.., 1)
+        z = self.features(hidden).to(self.value_head.weight.dtype)          # float64 once trained
+        outputs = self.value_head(z)                                        # (.., 2) or (.., 1)
         if not self.reads_so_far:
-            return heads[..., 0]
-        a, b = heads.unbind(-1)
+            return outputs[..., 0]
+        a, b = outputs.unbind(-1)
         return a + b * so_far
 
     def gradient(self, hidden):
-        """hidden (.., n_embd) -> g (.., n_embd); without a gradient head std^2 dV/dh, the paper's"""
+        """hidden (.., n_embd) -> g (.., n_embd). Without a gradient head: std^2 dV/dh, that is dV/dx
+        as a step of h. With std 1 this is the paper's."""
         if self.gradient_head is not None:
             return self.gradient_head(self.features(hidden))
         with torch.enable_grad():
             hidden = hidden.detach().float().requires_grad_()
             slope, = torch.autograd.grad(self(hidden).sum(), hidden)
-        return self.std ** 2 * slope                                        # std dV/dx
+        return self.std ** 2 * slope
 
     def save(self, path, model, info):
-        """Write the net and what `load` and `check_model` need: whole, or not at all."""
+        """Write the net and what `load` and `check_model` need. The file is written whole or not."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         saved = {"weights": self.state_dict(), "info": info, "fingerprint": fingerprint(model)}
@@ -97,30 +108,31 @@ class ValueNet(nn.Module):
 
     @classmethod
     def load(cls, path):
-        """The net saved at `path`, frozen, with its .info. InputError if it is none."""
+        """The net saved at `path`, frozen, with its .info. InputError if it is not a value net."""
         try:
             saved = read_net(path)
             weights = saved["weights"]
             n_embd = len(weights["mean"])
-            heads, width = weights["value_head.weight"].shape
+            outputs, width = weights["value_head.weight"].shape
             with torch.device("meta"):                                      # shapes, no memory
-                value = cls(n_embd, width, "gradient_head.weight" in weights, heads == 2)
+                value = cls(n_embd, width, "gradient_head.weight" in weights, outputs == 2)
             value.load_state_dict(weights, assign=True)
             if saved["fingerprint"].shape != (8, n_embd):
                 raise ValueError("fingerprint of another size")
         except InputError:
             raise
-        except Exception as error:          # of a foreign or damaged file torch may raise anything
-            raise InputError(f"{path}: no value net ({type(error).__name__}, {str(error)[:99]!r}); "
+        except Exception as error:          # torch may raise anything for a damaged file
+            raise InputError(f"{path}: not a value net ({type(error).__name__}, {str(error)[:99]!r}); "
                              f"train one with train_value.py, or name another file") from None
         value.info, value.fingerprint = saved["info"], saved["fingerprint"]
         return value.requires_grad_(False)
 
     def check_model(self, model):
-        """The net on the model's device. InputError if it was trained on another model's states."""
+        """Return the net, moved to the model's device. InputError if it was trained on another model."""
         ours = fingerprint(model)
         theirs = self.fingerprint.to(ours)
-        close = 1e-3 if ours.dtype == self.fingerprint.dtype == torch.float32 else 0.1     # bfloat16
+        exact = ours.dtype == self.fingerprint.dtype == torch.float32
+        close = 1e-3 if exact else 0.1                                      # bfloat16 has 8 bits
         if theirs.shape != ours.shape or (theirs - ours).norm() > close * ours.norm():
             raise InputError(f"the value net was trained on another model, {self.info['model']}; "
                              f"train one for this model with train_value.py")
@@ -128,7 +140,7 @@ class ValueNet(nn.Module):
 
 @torch.no_grad()
 def fingerprint(model):
-    """The states (8, n_embd) after fixed tokens: models are told apart by what they compute."""
+    """The hidden states (8, n_embd) after fixed tokens: models differ by what they compute."""
     tokens = torch.arange(1, 9, device=model.wte.weight.device) * 31 % 256
     return model(tokens[None])[0]
 
@@ -137,7 +149,7 @@ def bellman_targets(values, rewards, mask, lam):
     """
     values V(h_t), rewards r_t, mask (True up to the last token), all (B, T) -> TD(lambda) targets
 
-        target_t = r_t + (1 - lam) V(h_{t+1}) + lam target_{t+1},  all 0 beyond the last token
+        target_t = r_t + (1 - lam) V(h_{t+1}) + lam target_{t+1},  targets and V beyond the end: 0
 
     With values [[.1, .2, .4]], rewards [[0., 0., 1.]], all real:
         lam 0    [[.2, .4, 1.]]     the Bellman equation, one step
@@ -155,8 +167,8 @@ def bellman_targets(values, rewards, mask, lam):
     return targets
 
 # ----------------------------------------------------------------------------------------- rewards
-# A reward is a callable: N texts, prompt and continuation without special tokens -> N numbers.
-# A text's number must not depend on the other texts of the call.
+# A reward is a callable: N texts, prompt and continuation without special tokens -> N numbers; from
+# load_reward, a float64 tensor. A text's number must not depend on the other texts of the call.
 
 POSITIVE = frozenset("""amazing beautiful best brilliant charming clever enjoy enjoyed entertaining
 excellent fantastic fascinating fine fun funny good great happy hilarious impressive interesting
@@ -181,18 +193,18 @@ def sentiment(texts):
 
 class RewardModel:
     """
-    A GPT2ForSequenceClassification as a reward, read at a text's last token: its logit, or with
-    several labels the log-odds of `label` (by default the last).
+    A GPT2ForSequenceClassification as a reward, read at a text's last token. With one label it is
+    the logit, with several the log-odds log(p / (1 - p)) of `label`, by default the last.
     """
 
     def __init__(self, name, label=None, device="cpu", tokenizer=None):
         self.gpt, self.tokenizer = load(name, tokenizer, device)
         n_embd = self.gpt.config.n_embd
-        self.weight = self.gpt.extra.get("score.weight")                    # (labels, n_embd)
+        self.weight = self.gpt.extra.get("score.weight")                    # the classifier's head
         self.bias = self.gpt.extra.get("score.bias", 0)
         if self.weight is None or self.weight.shape[1:] != (n_embd,):
-            raise InputError(f"{name}: no score.weight of shape (labels, {n_embd}), so it is no "
-                             f"classifier; choose another")
+            raise InputError(f"{name}: no score.weight of shape (labels, {n_embd}), so it is not a "
+                             f"classifier; choose another reward")
         labels = self.read_labels(name)
         self.label = label or labels[-1]
         if self.label not in labels:
@@ -210,13 +222,14 @@ class RewardModel:
 
     @torch.no_grad()
     def __call__(self, texts, batch=64):
-        """N texts -> (N,); of a text beyond the context, its end is read."""
+        """N texts -> (N,). Of a text longer than the context, the end is read."""
         context = self.gpt.config.n_positions
         rows = [tuple(self.tokenizer.encoding.encode_ordinary(text)[-context:]) for text in texts]
-        # A text that begins another is scored along with it: one pass a text, not one a token.
+        # "a" begins "a b": one pass over "a b" scores both. So find the longest for each beginning;
+        # sorted backwards, it comes before them.
         longest = {}
         last = ()
-        for row in sorted(set(rows), reverse=True):                         # a beginning comes last
+        for row in sorted(set(rows), reverse=True):
             if last[:len(row)] != row:
                 last = row
             longest[row] = last
@@ -224,12 +237,13 @@ class RewardModel:
         scores = {}
         for i in range(0, len(distinct), batch):
             part = distinct[i:i + batch]
-            scores |= zip(part, self.score(part))
+            scores.update(zip(part, self.score_rows(part)))
         return torch.stack([scores[longest[row]][len(row) - 1] for row in rows])
 
-    def score(self, rows):
+    def score_rows(self, rows):
         """B rows of tokens -> (B, T): the score that each row has at each of its tokens"""
         tokens = [torch.tensor(row, device=self.weight.device) for row in rows]
+        # Padding on the right changes nothing before it: attention looks back only.
         hidden = self.gpt(nn.utils.rnn.pad_sequence(tokens, batch_first=True))
         logits = (hidden @ self.weight.T + self.bias).double().cpu()        # (B, T, labels)
         score = logits[..., self.chosen]
@@ -241,7 +255,7 @@ class RewardModel:
 def load_reward(spec, device="cpu", tokenizer=None):
     """
     sentiment, FILE.py:FUNCTION, or a classifier, DIRECTORY or DIRECTORY:LABEL -> a reward.
-    `tokenizer` is the classifier's, where its directory has none. A file's code is run.
+    `tokenizer` names the classifier's, if its directory has none. The code in FILE.py is run.
     """
     if spec == "sentiment":
         return checked_reward(sentiment, spec)
@@ -254,27 +268,31 @@ def load_reward(spec, device="cpu", tokenizer=None):
         with users_code():
             found = runpy.run_path(path)
         if not callable(found.get(name)):
-            raise InputError(f"--reward {spec}: no function {name} in {path}; name one it has, as "
-                             f"FILE.py:FUNCTION")
+            raise InputError(f"--reward {spec}: names no function of {path}; write {path}:FUNCTION")
         return checked_reward(found[name], spec)
-    label = None
+    name, label = spec, None
     if not Path(spec).is_dir() and re.search(r":[^/\\]+$", spec):           # but C:\models is a path
-        spec, label = spec.rsplit(":", 1)
-    return RewardModel(spec, label, device, tokenizer)
+        name, label = spec.rsplit(":", 1)
+    try:
+        return RewardModel(name, label, device, tokenizer)
+    except InputError as error:
+        why = str(error).replace("--tokenizer", "--reward-tokenizer")
+        raise InputError(f"--reward {spec} is not sentiment or FILE.py:FUNCTION, and as a classifier: "
+                         f"{why}") from None
 
 @contextlib.contextmanager
 def users_code():
-    """What the user's code switches for the whole process is switched back after it."""
+    """Run user code with gradients on; after it, the grad mode and float32 are as before."""
     with torch.enable_grad():
         yield
     torch.set_default_dtype(torch.float32)
 
 def checked_reward(reward, name):
-    """The reward, held to its contract: N texts -> (N,) float64. Each distinct text is scored once."""
+    """The reward, checked: N texts -> (N,) float64. In a call, each distinct text is scored once."""
     def scores(texts):
         distinct = list(dict.fromkeys(texts))
         with users_code():
-            result = reward(list(distinct))                 # a copy: it may sort it
+            result = reward(list(distinct))                 # a copy: the reward may sort its list
         try:
             result = torch.as_tensor(result, dtype=torch.float64).detach().cpu().flatten()
         except (TypeError, ValueError, RuntimeError):       # None, words, rows of unequal length
@@ -282,12 +300,12 @@ def checked_reward(reward, name):
         finite = int(result.isfinite().sum())
         if not len(result) == len(distinct) == finite:
             raise InputError(f"--reward {name}: {len(result)} numbers, {finite} of them finite, for "
-                             f"{len(distinct)} texts; return a finite number for each text")
+                             f"{len(distinct)} texts; return one finite number for each text")
         place = {text: i for i, text in enumerate(distinct)}
         return result[[place[text] for text in texts]]
     return scores
 
-# ----------------------------------------------------------- opening a net: a reader may stop here
+# ------------------------------------------------------- loading a saved net: a reader may stop here
 
 # What train_value.py was asked for, and the control that it found.
 INFO = {"model": str, "tokenizer": (str, type(None)), "dtype": str, "reward": str,
@@ -295,12 +313,12 @@ INFO = {"model": str, "tokenizer": (str, type(None)), "dtype": str, "reward": st
         "seed": int, "step_size": float, "radius": float, "nats": float}
 
 def read_net(path):
-    """What ValueNet.save wrote. It may come from anyone: no code is run, every entry is checked."""
+    """What ValueNet.save wrote. It may come from anyone: no code runs, every entry is checked."""
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
         if damaged:
             raise ValueError(f"{damaged} is damaged")
-    with open(path, "rb") as file:          # torch.load takes a name's ending for a format
+    with open(path, "rb") as file:          # by name, torch.load would guess a format from its ending
         saved = torch.load(file, weights_only=True, map_location="cpu")
     if "signature" in saved:
         raise InputError(f"{path}: made by an older version; train it again with train_value.py")
@@ -308,7 +326,7 @@ def read_net(path):
     for name, tensor in tensors.items():
         # A view may claim more numbers than the file holds; a contiguous tensor cannot.
         if not tensor.is_contiguous() or not tensor.isfinite().all():
-            raise ValueError(f"{name} is no plain tensor of finite numbers")
+            raise ValueError(f"{name} is not a plain tensor of finite numbers")
     info = saved["info"]
     for key, kind in INFO.items():
         if not isinstance(info[key], kind) or not str(info[key]).isprintable():

@@ -318,7 +318,7 @@ def test_the_step_costs_the_nats_it_is_asked_for():
         log_p, log_q = controlled_log_probs(MODEL, hidden, lambda h: controller_at(h, step_size))
         spent = kl_divergence(log_q, log_p).sum() / 20
         assert abs(spent - nats) < 0.01 * nats
-    with pytest.raises(InputError, match="V is flat"):
+    with pytest.raises(InputError, match="control cannot cost"):
         step_for_kl(MODEL, lambda h, s: torch.zeros_like(h), rollout, 0.5)
 
 
@@ -329,7 +329,7 @@ def test_a_step_is_found_on_a_part_of_the_states():
     def controller_at(hidden, step_size):
         seen.append(len(hidden))
         return ascend(VALUE, hidden, 1, step_size)
-    step_for_kl(MODEL, controller_at, rollout, 0.5, states=50)
+    step_for_kl(MODEL, controller_at, rollout, 0.5, n_states=50)
     assert set(seen) == {50} and rollout.mask.sum() > 50
 
 

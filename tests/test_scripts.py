@@ -55,11 +55,11 @@ BAD = [(train_value, ["--model", "nowhere"], "no config.json"),
        (train_value, ["--reward", "constant.py:nan"], "0 of them finite"),
        (train_value, ["--tokens", "64"], "exceed the model's context of 64"),
        (train_value, ["--rollouts", "999999999"], "999999999 rollouts x 32 tokens x 64 numbers need"),
-       (train_value, ["--out", "empty.txt"], "empty.txt: no value net"),
+       (train_value, ["--out", "empty.txt"], "empty.txt: is there, and holds something else"),
        (train_value, ["--out", "empty.txt/v.pt"], "cannot be written"),
        (train_value, ["--out", "x" * 300], "cannot be written"),
-       (sample, [], "out/value.pt: no value net.*train one"),
-       (sample, ["--value", "empty.txt"], "no value net")]
+       (sample, [], "out/value.pt: not a value net.*train one"),
+       (sample, ["--value", "empty.txt"], "not a value net")]
 
 
 @pytest.mark.parametrize("script, arguments, message", BAD, ids=[" ".join(case[1])[:40] for case in BAD])
@@ -80,7 +80,7 @@ def test_bad_input_gets_one_line_before_any_draw(tmp_path, monkeypatch, capsys, 
     assert not (tmp_path / "out").exists() and (tmp_path / "empty.txt").read_text() == "\n"
 
 
-WRONG = [(train_value, ["--tokens", "0"], "1 or more"), (train_value, ["--rate", "3"], "--rate"),
+WRONG = [(train_value, ["--tokens", "0"], "must be 1 or more"), (train_value, ["--rate", "3"], "--rate"),
          (train_value, ["--seed", str(2 ** 64)], "below 2"), (train_value, ["--device", "tpu"], "tpu"),
          (sample, ["--temperature", "0"], "above 0"), (sample, ["--strength", "x"], "list of numbers"),
          (sample, ["--top-p", "nan"], "above 0"), (sample, ["--strength", "nan"], "within")]
@@ -188,7 +188,7 @@ def test_v_is_shown_for_its_own_reward_only(net, tmp_path, capsys):
         sample.main(common + more)
         out = capsys.readouterr().out
         assert ("under the words: V" in out) == shown
-        assert ("no line of V: it forecasts sentiment of texts of 32 tokens" in out) == (not shown)
+        assert ("V is not shown: it was trained for the reward sentiment, 32 tokens" in out) == (not shown)
 
 
 def traced(net):

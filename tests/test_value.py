@@ -182,7 +182,7 @@ FOREIGN = {
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_every_entry_of_a_foreign_net_is_checked(tmp_path, kind):
     ValueNet.load(saved_net(tmp_path / "good.pt"))
-    with pytest.raises(InputError, match="no value net") as error:
+    with pytest.raises(InputError, match="not a value net") as error:
         ValueNet.load(saved_net(tmp_path / "bad.pt", **FOREIGN[kind]))
     assert "\033" not in str(error.value)
 
@@ -206,7 +206,7 @@ def test_an_older_net_and_damaged_files_get_one_line(tmp_path):
             torch.testing.assert_close(weight, net(64).state_dict()[key], atol=0, rtol=0)
     (tmp_path / "text.pt").write_text("no net")
     for name in ("text.pt", "absent.pt"):
-        with pytest.raises(InputError, match="no value net"):
+        with pytest.raises(InputError, match="not a value net"):
             ValueNet.load(tmp_path / name)
 
 
@@ -215,7 +215,7 @@ def test_opening_a_net_runs_no_code(tmp_path):
         def __reduce__(self):
             return (open, (str(tmp_path / "ran"), "w"))
     torch.save({"weights": Evil(), "info": {}, "fingerprint": 0}, tmp_path / "v.pt")
-    with pytest.raises(InputError, match="no value net"):
+    with pytest.raises(InputError, match="not a value net"):
         ValueNet.load(tmp_path / "v.pt")
     assert not (tmp_path / "ran").exists()
 
@@ -274,7 +274,7 @@ def test_a_slip_in_the_users_file_shows_its_own_line(tmp_path):
 
 def test_a_reward_that_cannot_be_loaded_is_named(tmp_path):
     (tmp_path / "mine.py").write_text("def first(texts): pass")
-    for spec, message in (("mine.py", "as FILE.py:FUNCTION"), ("mine.py:third", "no function third"),
+    for spec, message in (("mine.py", "write .*mine.py:FUNCTION"), ("mine.py:third", "names no function"),
                           ("absent.py:reward", "no file .*absent.py"), ("absent", "no config.json")):
         with pytest.raises(InputError, match=message):
             load_reward(str(tmp_path / spec))
@@ -284,7 +284,7 @@ def test_a_reward_that_cannot_be_loaded_is_named(tmp_path):
 def test_a_colon_in_a_folders_name_is_no_label(spec):
     with pytest.raises(InputError) as error:
         load_reward(spec)
-    assert str(error.value).startswith(f"{spec}: no config.json")
+    assert f": {spec}: no config.json" in str(error.value)
 
 
 def test_numbers_are_read_in_float64(tmp_path):
