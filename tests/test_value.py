@@ -261,7 +261,7 @@ BAD = {"returns nothing": "pass", "one number for all": "return 1.0", "nan": "re
 @pytest.mark.parametrize("kind", BAD)
 def test_a_reward_that_breaks_its_contract_is_named(tmp_path, kind):
     (tmp_path / "mine.py").write_text(f"def reward(texts):\n  {BAD[kind]}\n")
-    with pytest.raises(InputError, match="mine.py:reward.*a finite number for each text"):
+    with pytest.raises(InputError, match="mine.py:reward.*one finite number for each text"):
         load_reward(f"{tmp_path / 'mine.py'}:reward")(["a", "b"])
 
 
@@ -339,7 +339,7 @@ def test_the_label_can_be_chosen_and_a_bias_counts(tmp_path):
     assert not torch.equal(plain(["the good"]), bad(["the good"]))
     with pytest.raises(InputError, match="choose one of POSITIVE, NEGATIVE"):
         load_reward(f"{folder}:HAPPY")
-    with pytest.raises(InputError, match="no classifier"):
+    with pytest.raises(InputError, match="not a classifier"):
         load_reward(str(TOY))
 
 
@@ -356,7 +356,7 @@ def test_labels_that_say_nothing_are_named(tmp_path, names, message):
 
 def test_a_head_of_another_shape_is_no_classifier(tmp_path):
     for i, shape in enumerate([(16,), (2, 15)]):
-        with pytest.raises(InputError, match="no classifier"):
+        with pytest.raises(InputError, match="not a classifier"):
             RewardModel(classifier(tmp_path / str(i), {"score.weight": torch.randn(shape)}))
 
 
