@@ -385,9 +385,11 @@ def make_tokenizer(folder, vocab, merges, added, special):
     return Tokenizer(encoding, added, map(added.get, special))
 
 def load_tokenizer(name, default=None):
-    """The model's own vocabulary, never guessed: for a model without one, `default`'s."""
+    """The model's own tokenizer or, for a model without one, that of `default`. None is guessed."""
     for folder in folders(name):
         vocabulary = read_vocabulary(folder)
+        if vocabulary and default:
+            raise InputError(f"{name} has its own tokenizer; leave out --tokenizer {default}")
         if vocabulary:
             return make_tokenizer(folder, *vocabulary)
     if name in PUBLIC and not os.path.isdir(name):

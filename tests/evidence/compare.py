@@ -56,7 +56,7 @@ TASKS = {
     "late": dict(model=TOY / "late", tokens=24, rollouts=4000, samples=8000,
                  budgets=(0.1, 0.3, 0.8), best_of=(2, 3, 5),
                  dpo=dict(rate=1e-4, epochs=4, beta=1), start=grammar.START_LATE),
-    "reviews": dict(model=SHARED / "imdb-mini", tokens=24, rollouts=9600, samples=2400,
+    "reviews": dict(model=SHARED / "imdb-mini", tokenizer="gpt2", tokens=24, rollouts=9600, samples=2400,
                     budgets=(0.1, 0.3, 0.8, 1.0), best_of=(2, 3, 6),
                     dpo=dict(rate=3e-5, epochs=1, beta=0.1),
                     train=SHARED / "prompts" / "reviews-train.txt",
@@ -84,7 +84,8 @@ class Task:
         self.settings = TASKS[args.task]
         self.tokens = self.settings["tokens"]
         name = self.settings["model"]
-        self.model, self.tokenizer = load(name, "gpt2", args.device)
+        self.model, self.tokenizer = load(name, self.settings.get("tokenizer"),
+                                           args.device)
         self.reward = load_reward(args.reward, args.device, "gpt2")
         self.judge = load_reward(args.judge, args.device, "gpt2") if args.judge else None
         self.train = read_prompts(self.model, self.tokenizer, name, path=self.settings.get("train"))
