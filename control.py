@@ -4,8 +4,8 @@ Control: before each draw, push the hidden state along g, inside a ball; and the
     u <- P(u + step_size g(h + u)),  from u = 0         g(h) = value.gradient(h), see value.py
     y ~ softmax(W (h + u))                              P: u beyond the ball is scaled back onto it
 
-In words: p is the model's distribution of the next token, softmax(W h); p_u the one that control
-makes of it, softmax(W (h + u)). In code: log_p and log_q. KL(p_u || p) is the price, in nats.
+p = softmax(W h) is the model's distribution of the next token, p_u = softmax(W (h + u)) that under
+control: log_p and log_q in code. KL(p_u || p) is the price of control, in nats.
 
 What `generate` computes, for one text. The rest of this file is the same, batched and cached:
 
@@ -26,10 +26,8 @@ Source: Kong et al. 2024 (arXiv 2406.05954). The main differences from the paper
     4. Only the hidden state of the next draw is controlled, not those of the prompt.
 
 Every draw inverts the CDF at a number of one fixed table, whatever the control. So a text without
-control and one with it form a pair.
-
-Limitations: control looks at the next draw only; what comes later has to be in g. Rounding may
-change a drawn token, in bfloat16 above all.
+control and one with it form a pair. Limitations: control looks at the next draw only; what comes
+later has to be in g. Rounding may change a drawn token, in bfloat16 above all.
 """
 import math
 from dataclasses import dataclass
@@ -38,10 +36,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from model import Cache, InputError
+from model import Cache, InputError, check_length
 
-# Of the ball. At 1 the longest u is as long as a hidden state's typical distance from their mean.
-# At 10 the ball stops only an overdose.
+# The longest u, in hidden states' typical distance from their mean. It stops only an overdose.
 RADIUS = 10.0
 
 def ascend(value, hidden, steps=1, step_size=1.0, radius=RADIUS):
@@ -50,10 +47,10 @@ def ascend(value, hidden, steps=1, step_size=1.0, radius=RADIUS):
     The ball is ||u / std|| <= radius sqrt(n_embd). A negative step_size descends.
     """
     u = torch.zeros_like(hidden, dtype=torch.float32)
+    longest = radius * math.sqrt(u.size(-1))
     for _ in range(steps):
         u = u + step_size * value.gradient(hidden + u)
         length = (u / value.std).norm(dim=-1, keepdim=True)                     # (B, 1)
-        longest = radius * math.sqrt(u.size(-1))
         u = u * (longest / length).clamp(max=1)                                 # back onto the ball
     return u
 
@@ -65,7 +62,6 @@ def kl_ball(logits, delta, max_kl, iterations=8):
     """
     logits, delta (B, n_vocab) -> scale (B,), nearly the largest s in [0, 1] with
     KL(softmax(logits + s delta) || softmax(logits)) <= max_kl: never above, seldom 2% below.
-
     Var_s is the variance of delta under softmax(logits + s delta). KL(s) starts as s^2 Var_0 / 2
     and its slope is s Var_s. So sqrt(KL(s)) is nearly a line, and Newton's method, held inside a
     bracket, solves sqrt(KL(s)) = sqrt(0.99 max_kl). A GPU need not be asked when to stop.
@@ -143,17 +139,15 @@ def controlled_log_probs(model, hidden, controller=None, temperature=1.0, top_p=
     return log_p, (logits + delta).log_softmax(-1)
 
 def grad_log_p(W, token, probs):
-    """
-    token (B,) of probs (B, n_vocab) -> W[token] - E_p[W] (B, n_embd), in the dtype of W: the gradient of
-    log softmax(W (h + u))[token] in u, where that softmax is probs
-    """
+    """token (B,) of probs (B, n_vocab) -> W[token] - E[W] (B, n_embd): the gradient of the logarithm
+    of softmax(W (h + u))[token] in u, where that softmax is probs"""
     return W[token] - probs.to(W.dtype) @ W
 
 # --------------------------------------------------------------------------------- the closed loop
 
 @dataclass
 class Rollout:
-    """N drawn texts. Past a text's end the fields mean nothing."""
+    """N drawn texts. After a text's end the fields mean nothing."""
     tokens: torch.Tensor          # y_t (N, T)
     mask: torch.Tensor            # (N, T), True up to and including the token that ends the text
     kl: torch.Tensor              # KL(p_u || p) (N, T), nats, of what y_t was drawn from
@@ -280,13 +274,6 @@ def uniform_table(samples, n_tokens, seed):
     rows = [np.random.default_rng([seed, i]).random(n_tokens, np.float32) for i in range(samples)]
     return torch.from_numpy(np.stack(rows))
 
-def check_length(model, prompts, n_tokens):
-    """InputError if a text may grow longer than the model's context"""
-    longest = max(map(len, prompts))
-    if longest + n_tokens > model.config.n_positions:
-        raise InputError(f"a prompt of {longest} tokens and {n_tokens} more exceed the model's context "
-                         f"of {model.config.n_positions}; shorten the prompt or lower --tokens")
-
 @torch.no_grad()
 def generate(model, prompts, uniforms, controller=None, temperature=1.0, top_p=1.0, max_kl=math.inf,
              record=False, batch=128, progress=None, make_sampler=Sampler):
@@ -308,8 +295,8 @@ def generate(model, prompts, uniforms, controller=None, temperature=1.0, top_p=1
         rows = [i % N for i in range(start, start + batch)]          # the last batch is filled up
         part = sampler.run([prompts[i] for i in rows], uniforms[rows])
         stop = min(start + batch, N)
-        for name, column in vars(whole).items():
-            column[start:stop] = getattr(part, name)[:stop - start]
+        for name, field in vars(whole).items():
+            field[start:stop] = getattr(part, name)[:stop - start]
         if progress:
             progress(stop, N)
     return whole

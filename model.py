@@ -467,6 +467,13 @@ def read_prompts(model, tokenizer, name, texts=(), path=None):
         raise InputError(f"{path or 'a prompt'} is empty; write at least one word")
     return prompts
 
+def check_length(model, prompts, n_tokens):
+    """InputError if a text may grow longer than the model's context"""
+    longest = max(map(len, prompts))
+    if longest + n_tokens > model.config.n_positions:
+        raise InputError(f"a prompt of {longest} tokens and {n_tokens} more exceed the model's context "
+                         f"of {model.config.n_positions}; shorten the prompt or lower --tokens")
+
 def in_turn(prompts, n, seed):
     """n of the prompts: repeated in order if there are fewer, chosen by the seed if there are more"""
     if len(prompts) > n:

@@ -27,9 +27,9 @@ from pathlib import Path
 
 import torch
 
-from control import (RADIUS, ascend, check_length, generate, readable, step_for_kl,
-                     uniform_table)
-from model import InputError, in_turn, load, read_prompts, run_script, show_progress
+from control import RADIUS, ascend, generate, readable, step_for_kl, uniform_table
+from model import (InputError, check_length, in_turn, load, read_prompts, run_script,
+                   show_progress)
 from value import ValueNet, bellman_targets, load_reward
 
 # Chosen with seeds 101 and up, one setting for all tasks (tests/evidence/RESULTS.md); results use others.

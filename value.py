@@ -33,12 +33,10 @@ Why the ridge. Where one token has nearly all probability, its grad_log_p is nea
 next to nothing about g. There the ridge keeps g near 0, and control does nothing.
 
 Relatives. Read-out g . W[y]: LM-Steer (arXiv 2305.12798), RAD-Q (2407.04615). Regression on
-log-probabilities: REBEL (2404.16767). The mean in the place of the soft value: PMD-mean (2602.05933);
-Q# (2502.20548) shows what that costs. Ridge: Tikhonov, damping of natural gradients (Martens 2020).
-What is missing where draws say nothing: excitation, as PRE-Control (2510.12121) names it. b = 1:
-potential-based shaping (Ng et al. 1999).
-
-Limitations: V reads one hidden state and one number, not the text. It cannot know what is not there.
+log-probabilities: REBEL (2404.16767). The mean for the soft value: PMD-mean (2602.05933); its cost:
+Q# (2502.20548). Ridge: Tikhonov; damping of natural gradients (Martens 2020). What is missing where
+draws say nothing: excitation (PRE-Control, 2510.12121). b = 1: reward shaping (Ng et al. 1999).
+Limitations: V reads one hidden state and one number, not the text.
 """
 import contextlib
 import math
@@ -85,8 +83,8 @@ class ValueNet(nn.Module):
         return a + b * so_far
 
     def gradient(self, hidden):
-        """hidden (.., n_embd) -> g (.., n_embd). Without a gradient head: std^2 dV/dh, that is dV/dx
-        as a step of h. With std 1 this is the paper's."""
+        """hidden (.., n_embd) -> g (.., n_embd). Without a gradient head: dV/dx as a step of h, that
+        is std^2 dV/dh. With std 1 this is the paper's."""
         if self.gradient_head is not None:
             return self.gradient_head(self.features(hidden))
         with torch.enable_grad():
@@ -131,8 +129,7 @@ class ValueNet(nn.Module):
         """Return the net, moved to the model's device. InputError if it was trained on another model."""
         ours = fingerprint(model)
         theirs = self.fingerprint.to(ours)
-        exact = ours.dtype == self.fingerprint.dtype == torch.float32
-        close = 1e-3 if exact else 0.1                                      # bfloat16 has 8 bits
+        close = 1e-3 if ours.dtype == self.fingerprint.dtype == torch.float32 else 0.1     # 8 bits
         if theirs.shape != ours.shape or (theirs - ours).norm() > close * ours.norm():
             raise InputError(f"the value net was trained on another model, {self.info['model']}; "
                              f"train one for this model with train_value.py")
@@ -148,7 +145,6 @@ def fingerprint(model):
 def bellman_targets(values, rewards, mask, lam):
     """
     values V(h_t), rewards r_t, mask (True up to the last token), all (B, T) -> TD(lambda) targets
-
         target_t = r_t + (1 - lam) V(h_{t+1}) + lam target_{t+1},  targets and V beyond the end: 0
 
     With values [[.1, .2, .4]], rewards [[0., 0., 1.]], all real:
@@ -203,8 +199,8 @@ class RewardModel:
         self.weight = self.gpt.extra.get("score.weight")                    # the classifier's head
         self.bias = self.gpt.extra.get("score.bias", 0)
         if self.weight is None or self.weight.shape[1:] != (n_embd,):
-            raise InputError(f"{name}: no score.weight of shape (labels, {n_embd}), so it is not a "
-                             f"classifier; choose another reward")
+            raise InputError(f"{name}: not a classifier, since it has no score.weight of shape (labels, "
+                             f"{n_embd}); choose another reward")
         labels = self.read_labels(name)
         self.label = label or labels[-1]
         if self.label not in labels:
@@ -241,9 +237,9 @@ class RewardModel:
         return torch.stack([scores[longest[row]][len(row) - 1] for row in rows])
 
     def score_rows(self, rows):
-        """B rows of tokens -> (B, T): the score that each row has at each of its tokens"""
+        """B rows of tokens -> (B, T): the score of each row at each of its tokens; padded right, which
+        changes nothing, since attention looks back only"""
         tokens = [torch.tensor(row, device=self.weight.device) for row in rows]
-        # Padding on the right changes nothing before it: attention looks back only.
         hidden = self.gpt(nn.utils.rnn.pad_sequence(tokens, batch_first=True))
         logits = (hidden @ self.weight.T + self.bias).double().cpu()        # (B, T, labels)
         score = logits[..., self.chosen]
@@ -254,8 +250,8 @@ class RewardModel:
 
 def load_reward(spec, device="cpu", tokenizer=None):
     """
-    sentiment, FILE.py:FUNCTION, or a classifier, DIRECTORY or DIRECTORY:LABEL -> a reward.
-    `tokenizer` names the classifier's, if its directory has none. The code in FILE.py is run.
+    sentiment, FILE.py:FUNCTION (the file is run), or a classifier, DIRECTORY or DIRECTORY:LABEL -> a
+    reward. `tokenizer` names the classifier's, if its directory has none.
     """
     if spec == "sentiment":
         return checked_reward(sentiment, spec)
@@ -277,8 +273,7 @@ def load_reward(spec, device="cpu", tokenizer=None):
         return RewardModel(name, label, device, tokenizer)
     except InputError as error:
         why = str(error).replace("--tokenizer", "--reward-tokenizer")
-        raise InputError(f"--reward {spec} is not sentiment or FILE.py:FUNCTION, and as a classifier: "
-                         f"{why}") from None
+        raise InputError(f"--reward {spec}: not sentiment, not FILE.py:FUNCTION, no classifier: {why}")
 
 @contextlib.contextmanager
 def users_code():

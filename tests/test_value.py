@@ -44,7 +44,7 @@ def test_targets_are_the_weighted_n_step_returns():
 
 
 def test_v_is_linear_in_the_reward_so_far():
-    """V(h, r) = a(h) + b(h) r, b another number for each state."""
+    """V(h, s) = a(h) + b(h) s, b another number for each hidden state."""
     value, h = net(), torch.randn(6, 8)
     zero, one, five = (value(h, torch.full((6,), r)) for r in (0.0, 1.0, 5.0))
     torch.testing.assert_close(five, zero + 5 * (one - zero))

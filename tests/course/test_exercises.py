@@ -188,7 +188,7 @@ def net_of(reads_so_far=True):
 
 
 def by_hand(net, hidden):
-    """a(f), and b(f) if the net has it"""
+    """a(z), and b(z) if the net has it"""
     x = (hidden.double() - net.mean.double()) / net.std.double()
     f = (x @ net.body[0].weight.double().T + net.body[0].bias.double()).tanh()
     return (f @ net.value_head.weight.double().T + net.value_head.bias.double()).unbind(-1)
@@ -198,16 +198,16 @@ def test_forward_reads_the_reward_so_far():
     net, hidden, so_far = net_of(), random(2, 3, 5, seed=2), random(2, 3, seed=3)
     a, b = by_hand(net, hidden)
     got = unchanged(net, hidden, so_far)
-    same("V(h, r) = a(f) + b(f) r", got, a + b * so_far.double())
-    same("V(h, 0) = a(f)", net(hidden, torch.zeros(2, 3)), a)
+    same("V(h, s) = a(z) + b(z) s", got, a + b * so_far.double())
+    same("V(h, 0) = a(z)", net(hidden, torch.zeros(2, 3)), a)
     same("one state alone: V ()", net(hidden[0, 0], so_far[0, 0]), (a + b * so_far)[0, 0])
 
 
 def test_forward_without_it():
     net, hidden = net_of(reads_so_far=False), random(2, 3, 5, seed=2)
     a, = by_hand(net, hidden)
-    same("V(h) = a(f), so_far left out", net(hidden), a)
-    same("V(h) = a(f), so_far not read", net(hidden, torch.full((2, 3), math.nan)), a)
+    same("V(h) = a(z), so_far left out", net(hidden), a)
+    same("V(h) = a(z), so_far not read", net(hidden, torch.full((2, 3), math.nan)), a)
 
 
 def test_forward_after_training():
@@ -229,7 +229,7 @@ def test_forward_can_be_differentiated():
                               materialize_grads=True)
     a, b = by_hand(net, hidden)
     expected = torch.autograd.grad((a + b * so_far).sum(), [hidden, net.value_head.weight])
-    same("dV/dr = b(f)", got[0], b)
+    same("dV/dr = b(z)", got[0], b)
     same("dV/dh", got[1], expected[0])
     same("dV/d(the head's weights)", got[2], expected[1])
 
