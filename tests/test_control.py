@@ -83,7 +83,7 @@ class Tempered:
 def definition(model, controller, prompt, uniforms):
     """The lines at the top of control.py, run as they stand there -> the tokens drawn"""
     lines = control.__doc__.split("batched and cached:\n")[1].split("\nSource")[0]
-    names = {"torch": torch, "model": model, "controller": controller, "tokens": prompt,
+    names = {"torch": torch, "model": model, "controller": controller, "prompt": prompt,
              "uniforms": uniforms}
     exec(textwrap.dedent(lines), names)
     return names["tokens"][len(prompt):]

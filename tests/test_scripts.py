@@ -118,7 +118,7 @@ def test_another_run_says_what_it_replaces(net, tmp_path, capsys):
 
 def test_divergence_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(train_value, "RATE", 1e18)
-    with pytest.raises(InputError, match="diverged.*smaller RATE"):
+    with pytest.raises(InputError, match="diverged.*lower RATE"):
         train_value.main(["--rollouts", "300", "--out", str(tmp_path / "v.pt")])
     assert not list(tmp_path.iterdir())
 
