@@ -23,7 +23,7 @@ from model import (BYTES, GPT, InputError, in_turn, load, load_tokenizer, read_p
 @pytest.mark.parametrize("edit, message", [
     ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
     ({"model_type": "llama"}, "llama"), ({"activation_function": "relu"}, "relu"),
-    ({"n_layer": 3}, "Missing key"), ({"n_head": 3}, "n_head does not divide"),
+    ({"n_layer": 3}, "Missing key"), ({"n_head": 3}, "n_head 3 does not divide n_embd 16"),
     ({"n_embd": None}, "n_embd|NoneType"), ({"n_embd": "16"}, "n_embd"), ({"n_head": 0}, "n_head"),
     ({"n_layer": -1}, "n_layer"), ({"n_positions": 24.0}, "n_positions"), ({"n_inner": True}, "n_inner"),
     ({"layer_norm_epsilon": "1e-5"}, "TypeError"), ({"layer_norm_epsilon": -1}, "eps")])

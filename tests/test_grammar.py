@@ -7,8 +7,8 @@ import random
 import pytest
 from tests.evidence.exact import Exact
 
-from control import generate, read_prompts, uniform_table
-from model import load
+from control import generate, uniform_table
+from model import load, read_prompts
 from tests.toy import grammar
 from tests.toy.train import LANGUAGES, excess, learn_merges, words_of
 from value import load_reward, sentiment
