@@ -278,7 +278,8 @@ def test_recipes_for_changed_questions(tmp_path):
         name = re.search(r"def (\w+)", code)[1]
         path = folder / file
         start, _, rest = path.read_text().partition(f"def {name}(")
-        path.write_text(start + code + "\n\n" + rest.split("\n\n\n", 1)[1])
+        following = re.split(r"\n\n(?=def |@|class |# -)", rest, maxsplit=1)[1]
+        path.write_text(start + code + "\n" + following)
         (tmp_path / test).write_text(checks)
         tests = folder / "tests/course/test_exercises.py"
         key = next(exercise.key for exercise in EXERCISES if exercise.function == name)
