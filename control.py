@@ -13,7 +13,7 @@ What `generate` computes, for one text. The rest of this file is the same, batch
     for uniform in uniforms:
         h = model(torch.tensor([tokens]))[:, -1]                    # the last hidden state, (1, n_embd)
         p_u = model.unembed(h + controller(h)).softmax(-1)[0]       # softmax(W (h + u))
-        y = int((p_u.double().cumsum(0) <= uniform).sum())          # the inverse CDF
+        y = int((p_u.double().cumsum(0) <= uniform).sum())          # the first that exceeds it
         tokens = tokens + [y]
         if y in model.config.eos_ids:
             break
@@ -25,8 +25,8 @@ Source: Kong et al. 2024 (arXiv 2406.05954). The main differences from the paper
     3. The ball. On request there is also a limit on the nats of each token (kl_ball).
     4. Only the hidden state of the next draw is controlled, not those of the prompt.
 
-Every draw inverts the CDF at a number of one fixed table, whatever the control. So a text without
-control and one with it form a pair. Limitations: control looks at the next draw only; what comes
+The uniform numbers come from one fixed table, whatever the control. So a text without control and
+one with it form a pair. Limitations: control looks at the next draw only; what comes
 later has to be in g. Rounding may change a drawn token, in bfloat16 above all.
 """
 import math
@@ -38,7 +38,7 @@ import torch.nn.functional as F
 
 from model import Cache, InputError, check_length
 
-# The longest u, in hidden states' typical distance from their mean. It stops only an overdose.
+# The most |u|, in units of a hidden state's typical distance from the mean: it stops only an overdose.
 RADIUS = 10.0
 
 def ascend(value, hidden, steps=1, step_size=1.0, radius=RADIUS):
@@ -64,7 +64,7 @@ def kl_ball(logits, delta, max_kl, iterations=8):
     KL(softmax(logits + s delta) || softmax(logits)) <= max_kl: never above, seldom 2% below.
     Var_s is the variance of delta under softmax(logits + s delta). KL(s) starts as s^2 Var_0 / 2
     and its slope is s Var_s. So sqrt(KL(s)) is nearly a line, and Newton's method, held inside a
-    bracket, solves sqrt(KL(s)) = sqrt(0.99 max_kl). A GPU need not be asked when to stop.
+    bracket, solves sqrt(KL(s)) = sqrt(0.99 max_kl), in a fixed number of steps.
     """
     def variance(probs):
         mean = (probs * delta).sum(-1, keepdim=True)
@@ -139,8 +139,8 @@ def controlled_log_probs(model, hidden, controller=None, temperature=1.0, top_p=
     return log_p, (logits + delta).log_softmax(-1)
 
 def grad_log_p(W, token, probs):
-    """token (B,) of probs (B, n_vocab) -> W[token] - E[W] (B, n_embd): the gradient of the logarithm
-    of softmax(W (h + u))[token] in u, where that softmax is probs"""
+    """token (B,), drawn from probs (B, n_vocab) = softmax(W (h + u)) -> W[token] - E_probs[W], the
+    gradient of log probs[token] in u (B, n_embd)"""
     return W[token] - probs.to(W.dtype) @ W
 
 # --------------------------------------------------------------------------------- the closed loop
@@ -150,7 +150,7 @@ class Rollout:
     """N drawn texts. After a text's end the fields mean nothing."""
     tokens: torch.Tensor          # y_t (N, T)
     mask: torch.Tensor            # (N, T), True up to and including the token that ends the text
-    kl: torch.Tensor              # KL(p_u || p) (N, T), nats, of what y_t was drawn from
+    kl: torch.Tensor              # KL(p_u || p) (N, T) at the draw of y_t, nats
     log_p: torch.Tensor           # log p(y_t) (N, T), without control, nats
     log_q: torch.Tensor           # log p_u(y_t) (N, T), nats
     hidden: torch.Tensor          # h_t (N, T, n_embd) in the model's dtype; (N, 0, n_embd) if not kept
@@ -254,7 +254,7 @@ class Sampler:
             return
         self.step()
         if self.hidden.is_cuda:
-            self.cache.used -= 1                            # to record runs nothing: count it once
+            self.cache.used -= 1                            # recording runs nothing, but counts
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool):
                 self.step()
@@ -280,7 +280,7 @@ def generate(model, prompts, uniforms, controller=None, temperature=1.0, top_p=1
     """
     N prompts [[token, ..], ..] and uniforms (N, T) -> a Rollout of N texts of at most T tokens.
     controller: hidden (B, n_embd) -> u (B, n_embd), called once a token; None: u = 0. On a GPU its
-    Python code runs only while a step is recorded, so what it counts or keeps does not change.
+    Python code runs only while a step is recorded: a counter or a list in it is not updated later.
     top_p and max_kl, in nats a token: see controlled_log_probs. `record` keeps the hidden states.
     `progress(done, N)` is called after each batch. make_sampler: Sampler or a subclass. InputError
     if a text would be longer than the model's context.

@@ -77,7 +77,7 @@ class GPT(nn.Module):
         self.config = config
         self.wte = nn.Embedding(config.n_vocab, config.n_embd)          # W: embedding and head
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
-        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))    # no hidden state
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))    # not h_t!
         self.ln_f = nn.LayerNorm(config.n_embd, config.eps)
 
     def forward(self, tokens, cache=None, lengths=None):
@@ -119,9 +119,9 @@ class Cache:
     """
     Keys and values of every layer, at most `size` tokens a row; row b holds lengths[b] of them.
     Attention reads the first `window` slots: enough for the longest row, in multiples of WINDOW, so
-    that shapes change rarely (a CUDA graph needs fixed ones). Slots that a row has not filled are
-    masked, padding among them, until its next tokens overwrite them. Each pass calls `open` once,
-    then `store` once a layer.
+    that shapes change rarely (a CUDA graph needs fixed ones). A row does not see slots beyond its
+    length; padding lies there, and its next tokens overwrite it. Each pass calls `open` once, then
+    `store` once a layer.
     """
     WINDOW = 64
     def __init__(self, model, batch, size):
@@ -142,12 +142,12 @@ class Cache:
         self.lengths += (T if lengths is None else lengths)
         slots = torch.arange(self.window, device=self.rows.device)
         seen = slots <= self.positions[:, None, :, None]                # -> (B, 1, T, window)
-        # log: 1 -> 0, 0 -> -inf. Masks of bools work, but start 34 more kernels (evidence/bench.py).
+        # log: 1 -> 0, 0 -> -inf. A mask of bools works, too, but a step starts 34 more GPU kernels.
         return self.positions, seen.to(self.keys.dtype).log()
 
     def store(self, layer, k, v):
         """Write k, v (B, n_head, T, d) at self.positions (B, T) -> those of the window's slots"""
-        # Indexed so, a layer is (B, T, n_head, d): hence the transpose.
+        # Two index tensors with a slice between them: their axes come first, (B, T, n_head, d).
         self.keys[layer][self.rows, :, self.positions] = k.transpose(1, 2)
         self.values[layer][self.rows, :, self.positions] = v.transpose(1, 2)
         return self.keys[layer, :, :, :self.window], self.values[layer, :, :, :self.window]

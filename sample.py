@@ -7,15 +7,16 @@ Draw texts from a frozen GPT-2 without and with control: what control gained, an
 
 All rows have the same prompts and the same random numbers, so texts differ by control alone. In a
 text, `truly funny(+0.6) and` says that control raised the log-probability of " funny" by 0.6 nats.
-Under each word a block shows V after it: what the text will earn if it goes on without control.
+Under each word a block shows V after it: what the text will earn if it goes on without control. The
+last block is the reward itself.
 
 The table:
     reward        mean reward
-    gain, +-      mean gain over the texts without control, in pairs, and its standard error
-    KL a text     KL(p_u || p), the price of control, in nats per text; "a token": per token
+    gain, +-      mean of reward with control - reward without, pair by pair; its standard error
+    KL a text     KL(p_u || p), the price of control, in nats per text; KL a token: per token
     perplexity    of the texts under the model without control, at this temperature and top-p
     distinct      share of neighbouring pairs of words that are distinct (low: texts repeat)
-Compare gains at equal KL, and `distinct` between rows of one table.
+Compare gains at equal KL, and `distinct` within one table: it falls as --samples grows.
 """
 import argparse
 import math
@@ -38,7 +39,7 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 @torch.no_grad()
 def trace(model, tokenizer, value, reward, prompts, rollout, i, log_probs):
     """
-    What happened in text i of a rollout, as a dictionary:
+    What happened in text i of a rollout, of T tokens, as a dictionary:
         prompt      a string
         pieces      [(word, [t, ..]), ..], see `pieces`
         nats        log p_u(y_t) - log p(y_t), T numbers
@@ -128,7 +129,7 @@ def lines(traced, low, high):
     return [line for line in done if line]
 
 def show_texts(traces, rewards):
-    """Print {label: [trace, ..]}: each text under all labels, with its reward of {label: (N,)}."""
+    """traces {label: [trace, ..]}, rewards {label: (N,)}: print each text as it is under each label."""
     seen = []
     for of_label in traces.values():
         for traced in of_label:
@@ -169,14 +170,14 @@ def metrics(rollout, rewards, base, texts):
 def show_table(cells):
     """Print {label: [cell, ..]}, a row each."""
     print()
-    heads = ["reward", "gain", "+-", "KL a text", "a token", "perplexity", "distinct"]
+    heads = ["reward", "gain", "+-", "KL a text", "KL a token", "perplexity", "distinct"]
     for label, row in {"": heads, **cells}.items():
         print(f"{label:18}" + "".join(f"{cell:>11}" for cell in row))
 
 # -------------------------------------------------------------------------------------- the script
 
 def own_reward(info):
-    """The reward that the net names. A net may come from anyone: code that it names is not run."""
+    """The net's reward. A net may come from anyone: code is run only if the user names it, too."""
     if re.search(r"\.py(:\w+)?$", info["reward"]):
         raise InputError(f"the net's reward is code, and is run only if you name it: --reward "
                          f"{info['reward']}")
@@ -188,11 +189,11 @@ def parse_args(argv):
     parser.add_argument("--value", default="out/value.pt", help="a net of train_value.py")
     parser.add_argument("--strength", default="1", help="factors of the trained step size, for example "
                         "0.5,1,2: one row per factor. To push the other way: --strength=-1")
-    parser.add_argument("--steps", type=int, default=1, help="of ascent, each of step size / steps")
+    parser.add_argument("--steps", type=int, default=1, help="ascent steps, each of step size / steps")
     parser.add_argument("--radius", type=float, help="of the ball; None: as trained")
     parser.add_argument("--max-kl", type=float, default=math.inf, help="nats per token, at most")
     parser.add_argument("--top-p", type=float, default=1.0, help="cut p to its nucleus, then control")
-    parser.add_argument("--temperature", type=float, default=1.0, help="divides all logits")
+    parser.add_argument("--temperature", type=float, default=1.0, help="all logits are divided by it")
     parser.add_argument("--prompt", action="append", default=[], help="can be repeated")
     parser.add_argument("--prompts", help="a text file with one prompt per line; None: prompts.txt in "
                         "the model's directory, or the empty text")
@@ -202,9 +203,15 @@ def parse_args(argv):
     parser.add_argument("--show", type=int, default=1, help="texts shown")
     parser.add_argument("--model", help="gpt2, gpt2-medium, .. or a directory; None: as trained")
     parser.add_argument("--reward", help="see train_value.py; None: as trained, unless it is code")
+    parser.add_argument("--tokenizer", help="for a --model without tokenizer files")
+    parser.add_argument("--reward-tokenizer", help="for a --reward without tokenizer files")
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     parser.add_argument("--device", choices=devices, default=devices[0], help="of the model")
     args = parser.parse_args(argv)
+    check_args(parser, args)
+    return args
+
+def check_args(parser, args):
     try:
         args.strength = [float(word) for word in args.strength.split(",")]
     except ValueError:
@@ -221,12 +228,18 @@ def parse_args(argv):
         parser.error("--show must be 0 or more")
     if not all(abs(strength) < 1e6 for strength in args.strength):
         parser.error("--strength must be within +-1e6")
-    return args
 
 def fill_in(args, info):
-    """What was not given is as the net was trained. -> whether V may be shown: if nothing differs"""
-    args.model = args.model or info["model"]
-    args.reward = args.reward or own_reward(info)
+    """
+    Fill missing options from the net. True if reward, tokens, temperature and top-p are those of
+    training: only then V may be shown.
+    """
+    if args.model is None:
+        args.model = info["model"]
+        args.tokenizer = args.tokenizer or info["tokenizer"]
+    if args.reward is None:
+        args.reward = own_reward(info)
+        args.reward_tokenizer = args.reward_tokenizer or info["reward_tokenizer"]
     args.tokens = args.tokens or info["tokens"]
     args.radius = args.radius or info["radius"]
     same = args.reward == info["reward"] and args.tokens == info["tokens"]
@@ -237,11 +250,11 @@ def main(argv=None):
     value = ValueNet.load(args.value)
     info = value.info
     as_trained = fill_in(args, info)
-    model, tokenizer = load(args.model, info["tokenizer"], args.device, getattr(torch, info["dtype"]))
+    model, tokenizer = load(args.model, args.tokenizer, args.device, getattr(torch, info["dtype"]))
     value = value.check_model(model)
     prompts = read_prompts(model, tokenizer, args.model, args.prompt, args.prompts)
     rows = in_turn(prompts, args.samples, args.seed)
-    reward = load_reward(args.reward, args.device, info["reward_tokenizer"])
+    reward = load_reward(args.reward, args.device, args.reward_tokenizer)
     print(f"net {args.value}: {info['method']}, step size {info['step_size']:.3g}; reward "
           f"{args.reward}; {len(prompts)} prompts")
     if not as_trained:

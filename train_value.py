@@ -13,9 +13,9 @@ Read value.py first: its words are used here.
 --method is one row of METHODS:
 
     q        g is learned; V reads the reward so far                    (the default)
-    q-end    g is learned; V does not read it: for rewards that judge finished texts only
-    plain    V alone, differentiated
-    paper    the same with one-step targets (lambda 0), raw hidden states and no ball, as in arXiv
+    q-end    g is learned; V reads h alone: for rewards that judge finished texts only
+    plain    V alone, of h alone; control climbs dV/dh
+    paper    as plain, but with one-step targets (lambda 0), raw hidden states and no ball, as in arXiv
              2406.05954; with sample.py --steps 30 it comes near to the paper's own way
 """
 import argparse
@@ -32,9 +32,9 @@ from model import (InputError, check_length, in_turn, load, read_prompts, run_sc
                    show_progress)
 from value import ValueNet, bellman_targets, load_reward
 
-# Chosen with seeds 101 and up, one setting for all tasks (tests/evidence/RESULTS.md); results use others.
+# Chosen with seeds 101 and up, one setting for all tasks (tests/evidence/RESULTS.md); results have other seeds.
 RIDGE = 0.3         # weight of |g|^2: without it g is noise where the draws say nothing
-DECAY = 1.0         # weight decay of AdamW, not on biases: holds g where rewards are noisy
+DECAY = 1.0         # weight decay of AdamW, not on biases: keeps g small if rewards are noisy
 LAMBDA = 0.8        # of TD(lambda), if V reads the reward so far
 LAMBDA_END = 0.95   # if it does not: V then knows less, and its forecasts are trusted less
 RATE = 0.01         # learning rate of AdamW, falling to 0 as a cosine
@@ -88,9 +88,9 @@ def whitening(grad_log_p, W):
     grad_log_p (n, n_embd) of draws, W (n_vocab, n_embd) -> M^-1/2 (n_embd, n_embd), symmetric.
 
     M is the second moment of grad_log_p plus that of uniformly chosen tokens. Multiplied by M^-1/2,
-    draws are spread equally in all directions, so that the ridge and AdamW treat all alike. Without
-    the uniform tokens, a direction in which only rare tokens differ would be blown up. In float64,
-    because float32 loses small directions; eigenvalues are at least 1e-10 of the largest.
+    both together are spread equally in all directions, so that the ridge and AdamW treat all alike;
+    g . grad_log_p stays, since the net learns M^1/2 g instead of g, until `unscale`. Without the uniform tokens, a direction in which only rare tokens differ would be blown up. In
+    float64, because float32 loses small directions; eigenvalues are at least 1e-10 of the largest.
     """
     drawn = grad_log_p.double()
     tokens = W.double() - W.double().mean(0)
@@ -140,7 +140,7 @@ def train(model, rollout, so_far, rewards, gradient_head, reads_so_far, standard
 
     scale, shift = torch.std_mean(rewards.sum(1))
     ones = torch.ones(len(mask), dtype=rewards.dtype)
-    rewards = rewards - shift * rewards_at_end(ones, mask.cpu())                # the last one of each
+    rewards = rewards - shift * rewards_at_end(ones, mask.cpu())                # at the last tokens
     rewards = (rewards / scale).float().to(W.device)
     so_far = ((so_far - shift) / scale).float().to(W.device)
     whiten = whitening(rollout.grad_log_p[mask], W) if gradient_head else None
@@ -164,7 +164,7 @@ def train(model, rollout, so_far, rewards, gradient_head, reads_so_far, standard
 @torch.no_grad()
 def unscale(value, scale, shift, whiten):
     """
-    Turn a net of standardised outcomes into one of outcomes. g <- scale M^-1/2 g, and
+    The net was trained on standardised outcomes: let it forecast the outcomes. g <- scale M^-1/2 g,
         V <- shift + scale (a + b (s - shift) / scale) = (scale a - shift b + shift) + b s
     V's head becomes float64, because float32 loses a reward that is large and varies little.
     """
@@ -238,9 +238,9 @@ def check_out(path):
         return
     try:
         info = ValueNet.load(path).info
-    except InputError as error:
-        raise InputError(f"--out {path}: is there, and holds something else ({error}); remove it, or "
-                         f"choose another --out") from None
+    except InputError:
+        raise InputError(f"--out {path}: is there, and holds something else than a net of this version; "
+                         f"remove it, or choose another --out") from None
     print(f"{path.name} will be replaced: {info['method']}, reward {info['reward']}, "
           f"{info['rollouts']} rollouts, seed {info['seed']}")
 
@@ -265,7 +265,7 @@ def prepare(args):
     check_length(model, prompts, args.tokens)
     check_memory(model, args.rollouts, args.tokens)
     reward = load_reward(args.reward, args.device, args.reward_tokenizer)
-    if METHODS[args.method]["reads_so_far"]:                # a first try, before hours of draws
+    if METHODS[args.method]["reads_so_far"]:    # a first try, if the reward takes unfinished texts
         reward([readable(tokenizer, prompt) for prompt in prompts[:2]])
     parameters = sum(weight.numel() for weight in model.parameters())
     print(f"{Path(args.model).resolve().name}: {parameters:,} parameters, frozen, {args.dtype} on "
@@ -294,7 +294,7 @@ def main(argv=None):
     print(f"{args.rollouts} rollouts: reward {mean:.3g}, standard deviation {spread:.3g}", flush=True)
     if not 0 < spread < math.inf:
         raise InputError(f"rewards of mean {mean:g} have a deviation of {spread:g}; choose a --reward "
-                         f"that varies, on a scale near 1")
+                         f"that varies, and is not huge")
     value = train(model, rollout, so_far, rewards_at_end(outcome, rollout.mask.cpu()), **settings,
                   seed=args.seed, progress=partial(show_progress, "epoch"))
 

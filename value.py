@@ -13,29 +13,32 @@ V, a forecast of the reward; g, the direction in which control pushes; and the r
     grad_log_p(y) = W[y] - E_p[W]          the gradient of log p_u(y) in u, at u = 0
     Q(h, s, y) = V(h, s) + g(h) . grad_log_p(y)            the value of drawing y
 
-Bellman's equation: a text is worth what it will be worth one token later, V(h_t) = E_y V(h_{t+1}),
-and at its end its reward. Training fits Q to the draws by least squares; TD(lambda) blends the
-forecast one token later (lam 0) with the reward that the text did get (lam 1):
+Bellman's equation: on average a text is worth the same one token later, V(h_t) = E_y V(h_{t+1}); a
+finished text is worth its reward. Training fits Q to the draws by least squares. TD(lambda) blends
+the forecast one token later (lam 0) with the reward that the text did get (lam 1):
 
     target_t = reward_t + (1 - lam) V_{t+1} + lam target_{t+1}       reward_t: 0 but at the last token
-    loss = mean of (Q_t - target_t)^2 + RIDGE |g_t|^2                RIDGE, whitened g: train_value.py
+    loss = mean of (Q_t - target_t)^2 + RIDGE |g_t|^2        (g_t in whitened coordinates: train_value.py)
 
-When texts are drawn, only g is used: u = step_size g(h). V is its baseline, and the forecast shown.
+When texts are drawn, only g is used: u = step_size g(h). V takes the mean away, so that g has less
+noise to fit, and it is the forecast that is shown.
 
 Why g is learned. Kong et al. 2024 (arXiv 2406.05954) train V alone and climb dV/dh. But V is fitted
 at hidden states that were seen, and nothing shows how it changes between them. Control acts on the
 next draw only: p_u(y) is proportional to p(y) exp(W[y] . u). So it can use only that part of Q which
-is linear in W[y]. That part is g, and the draws show it. The mean of grad_log_p under p is 0, so V
-stays the mean of Q over y. The best policy at the price beta per nat is p(y) exp(Q(y) / beta), up to
-a constant factor: this is softmax(W (h + g / beta)), so 1 / beta is the step size.
+is linear in W[y]. That part is g; a regression on the drawn tokens shows it. The mean of grad_log_p
+under p is 0, so V stays the mean of Q over y. If a nat costs beta of reward and later draws are not
+controlled, y is best drawn from p(y) exp(Q(y) / beta), up to a constant factor. That is
+softmax(W (h + g / beta)): the step size is 1 / beta.
 
 Why the ridge. Where one token has nearly all probability, its grad_log_p is nearly 0, so the draws say
 next to nothing about g. There the ridge keeps g near 0, and control does nothing.
 
-Relatives. Read-out g . W[y]: LM-Steer (arXiv 2305.12798), RAD-Q (2407.04615). Regression on
-log-probabilities: REBEL (2404.16767). The mean for the soft value: PMD-mean (2602.05933); its cost:
-Q# (2502.20548). Ridge: Tikhonov; damping of natural gradients (Martens 2020). What is missing where
-draws say nothing: excitation (PRE-Control, 2510.12121). b = 1: reward shaping (Ng et al. 1999).
+Related work. LM-Steer (arXiv 2305.12798) and RAD-Q (2407.04615) read out g . W[y], too. REBEL
+(2404.16767) regresses on log-probabilities. PMD-mean (2602.05933) takes a mean where theory asks for a
+soft value, as we do; Q# (2502.20548) shows what that costs. Our ridge is Tikhonov's, and damps as that
+of a natural gradient (Martens 2020). PRE-Control (2510.12121) calls excitation what is missing where
+the draws say nothing. b = 1 would be reward shaping (Ng et al. 1999).
 Limitations: V reads one hidden state and one number, not the text.
 """
 import contextlib
@@ -54,7 +57,7 @@ import torch.nn as nn
 from model import InputError, find_file, load, read_json
 
 class ValueNet(nn.Module):
-    """V and g on one hidden layer. To try another, change `body`; its last width is `width`."""
+    """V and g on one hidden layer. To try another, change `body`: it has `width` outputs."""
 
     def __init__(self, n_embd, width=16, gradient_head=True, reads_so_far=True):
         super().__init__()
@@ -83,8 +86,8 @@ class ValueNet(nn.Module):
         return a + b * so_far
 
     def gradient(self, hidden):
-        """hidden (.., n_embd) -> g (.., n_embd). Without a gradient head: dV/dx as a step of h, that
-        is std^2 dV/dh. With std 1 this is the paper's."""
+        """hidden (.., n_embd) -> g (.., n_embd). Without a gradient head: the slope in x, std dV/dh, as
+        a step of h, which is std times that. With std 1 this is the paper's."""
         if self.gradient_head is not None:
             return self.gradient_head(self.features(hidden))
         with torch.enable_grad():
@@ -107,6 +110,8 @@ class ValueNet(nn.Module):
     @classmethod
     def load(cls, path):
         """The net saved at `path`, frozen, with its .info. InputError if it is not a value net."""
+        if not Path(path).is_file():
+            raise InputError(f"no file {path}; make one with train_value.py, or name another")
         try:
             saved = read_net(path)
             weights = saved["weights"]
@@ -163,8 +168,8 @@ def bellman_targets(values, rewards, mask, lam):
     return targets
 
 # ----------------------------------------------------------------------------------------- rewards
-# A reward is a callable: N texts, prompt and continuation without special tokens -> N numbers; from
-# load_reward, a float64 tensor. A text's number must not depend on the other texts of the call.
+# A reward is a callable: N texts, prompt and continuation without special tokens -> N numbers. A
+# text's number must not depend on the other texts. Those of load_reward give a float64 tensor.
 
 POSITIVE = frozenset("""amazing beautiful best brilliant charming clever enjoy enjoyed entertaining
 excellent fantastic fascinating fine fun funny good great happy hilarious impressive interesting
@@ -221,8 +226,8 @@ class RewardModel:
         """N texts -> (N,). Of a text longer than the context, the end is read."""
         context = self.gpt.config.n_positions
         rows = [tuple(self.tokenizer.encoding.encode_ordinary(text)[-context:]) for text in texts]
-        # "a" begins "a b": one pass over "a b" scores both. So find the longest for each beginning;
-        # sorted backwards, it comes before them.
+        # "a" begins "a b": one pass over "a b" scores both. So find the longest for each beginning; in
+        # reverse order a text comes right before its beginnings.
         longest = {}
         last = ()
         for row in sorted(set(rows), reverse=True):
@@ -277,7 +282,7 @@ def load_reward(spec, device="cpu", tokenizer=None):
 
 @contextlib.contextmanager
 def users_code():
-    """Run user code with gradients on; after it, the grad mode and float32 are as before."""
+    """Run user code with gradients on; after it, the default dtype is float32 again."""
     with torch.enable_grad():
         yield
     torch.set_default_dtype(torch.float32)

@@ -15,7 +15,7 @@ LABELS = {"q": "`q`, the default", "q-end": "`q-end`: the reward at the end only
           "guided": "look-ahead with V, 20 passes a token", "dpo": "all weights fine-tuned (DPO)",
           "rad-q": "RAD-Q's head and loss", "lm-steer": "LM-Steer",
           "static": "one direction for all states", "plain": "`plain`: V alone, differentiated",
-          "paper": "`paper`: the paper's way"}
+          "paper": "`paper`: the same, one-step targets, raw states"}
 
 
 def read(path):
