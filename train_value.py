@@ -32,7 +32,7 @@ from model import (InputError, check_length, in_turn, load, read_prompts, run_sc
                    show_progress)
 from value import ValueNet, bellman_targets, load_reward
 
-# Chosen with seeds 101 and up, one setting for all tasks (tests/evidence/RESULTS.md); results have other seeds.
+# Chosen with seeds 101 and up, for all tasks at once; results have other seeds (evidence/RESULTS.md).
 RIDGE = 0.3         # weight of |g|^2: without it g is noise where the draws say nothing
 DECAY = 1.0         # weight decay of AdamW, not on biases: keeps g small if rewards are noisy
 LAMBDA = 0.8        # of TD(lambda), if V reads the reward so far
@@ -88,9 +88,10 @@ def whitening(grad_log_p, W):
     grad_log_p (n, n_embd) of draws, W (n_vocab, n_embd) -> M^-1/2 (n_embd, n_embd), symmetric.
 
     M is the second moment of grad_log_p plus that of uniformly chosen tokens. Multiplied by M^-1/2,
-    both together are spread equally in all directions, so that the ridge and AdamW treat all alike;
-    g . grad_log_p stays, since the net learns M^1/2 g instead of g, until `unscale`. Without the uniform tokens, a direction in which only rare tokens differ would be blown up. In
-    float64, because float32 loses small directions; eigenvalues are at least 1e-10 of the largest.
+    both together are spread equally in all directions, so that the ridge and AdamW treat all alike.
+    The product g . grad_log_p stays: the net learns M^1/2 g, and `unscale` makes g of it. Without
+    the uniform tokens, a direction in which only rare tokens differ would be blown up. In float64,
+    because float32 loses small directions; eigenvalues are at least 1e-10 of the largest.
     """
     drawn = grad_log_p.double()
     tokens = W.double() - W.double().mean(0)

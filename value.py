@@ -18,10 +18,9 @@ finished text is worth its reward. Training fits Q to the draws by least squares
 the forecast one token later (lam 0) with the reward that the text did get (lam 1):
 
     target_t = reward_t + (1 - lam) V_{t+1} + lam target_{t+1}       reward_t: 0 but at the last token
-    loss = mean of (Q_t - target_t)^2 + RIDGE |g_t|^2        (g_t in whitened coordinates: train_value.py)
+    loss = mean of (Q_t - target_t)^2 + RIDGE |g_t|^2         (g_t whitened: see train_value.py)
 
-When texts are drawn, only g is used: u = step_size g(h). V takes the mean away, so that g has less
-noise to fit, and it is the forecast that is shown.
+When texts are drawn, only g is used: u = step_size g(h). V is the mean, and the forecast shown.
 
 Why g is learned. Kong et al. 2024 (arXiv 2406.05954) train V alone and climb dV/dh. But V is fitted
 at hidden states that were seen, and nothing shows how it changes between them. Control acts on the
@@ -35,11 +34,10 @@ Why the ridge. Where one token has nearly all probability, its grad_log_p is nea
 next to nothing about g. There the ridge keeps g near 0, and control does nothing.
 
 Related work. LM-Steer (arXiv 2305.12798) and RAD-Q (2407.04615) read out g . W[y], too. REBEL
-(2404.16767) regresses on log-probabilities. PMD-mean (2602.05933) takes a mean where theory asks for a
-soft value, as we do; Q# (2502.20548) shows what that costs. Our ridge is Tikhonov's, and damps as that
-of a natural gradient (Martens 2020). PRE-Control (2510.12121) calls excitation what is missing where
-the draws say nothing. b = 1 would be reward shaping (Ng et al. 1999).
-Limitations: V reads one hidden state and one number, not the text.
+(2404.16767) regresses on log-probabilities. PMD-mean (2602.05933), like us, takes a mean where theory
+asks for a soft value; Q# (2502.20548) shows the cost. The ridge is Tikhonov's; a natural gradient is
+damped so (Martens 2020). PRE-Control (2510.12121) names what is missing where the draws say nothing:
+excitation. b = 1 is reward shaping (Ng et al. 1999). Limitations: V reads one hidden state, not the text.
 """
 import contextlib
 import math
@@ -86,8 +84,8 @@ class ValueNet(nn.Module):
         return a + b * so_far
 
     def gradient(self, hidden):
-        """hidden (.., n_embd) -> g (.., n_embd). Without a gradient head: the slope in x, std dV/dh, as
-        a step of h, which is std times that. With std 1 this is the paper's."""
+        """hidden (.., n_embd) -> g (.., n_embd). Without a gradient head: std (std dV/dh), the slope in
+        x as a step of h. With std 1 this is the paper's."""
         if self.gradient_head is not None:
             return self.gradient_head(self.features(hidden))
         with torch.enable_grad():
@@ -226,8 +224,7 @@ class RewardModel:
         """N texts -> (N,). Of a text longer than the context, the end is read."""
         context = self.gpt.config.n_positions
         rows = [tuple(self.tokenizer.encoding.encode_ordinary(text)[-context:]) for text in texts]
-        # "a" begins "a b": one pass over "a b" scores both. So find the longest for each beginning; in
-        # reverse order a text comes right before its beginnings.
+        # One pass over "a b" scores "a", too. In reverse order a text comes before its beginnings.
         longest = {}
         last = ()
         for row in sorted(set(rows), reverse=True):
@@ -242,8 +239,7 @@ class RewardModel:
         return torch.stack([scores[longest[row]][len(row) - 1] for row in rows])
 
     def score_rows(self, rows):
-        """B rows of tokens -> (B, T): the score of each row at each of its tokens; padded right, which
-        changes nothing, since attention looks back only"""
+        """B rows of tokens -> (B, T): the score of each row at each of its tokens"""
         tokens = [torch.tensor(row, device=self.weight.device) for row in rows]
         hidden = self.gpt(nn.utils.rnn.pad_sequence(tokens, batch_first=True))
         logits = (hidden @ self.weight.T + self.bias).double().cpu()        # (B, T, labels)
