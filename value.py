@@ -32,12 +32,11 @@ softmax(W (h + g / beta)): the step size is 1 / beta.
 
 Why the ridge. Where one token has nearly all probability, its grad_log_p is nearly 0, so the draws say
 next to nothing about g. There the ridge keeps g near 0, and control does nothing.
-
 Related work. LM-Steer (arXiv 2305.12798) and RAD-Q (2407.04615) read out g . W[y], too. REBEL
 (2404.16767) regresses on log-probabilities. PMD-mean (2602.05933), like us, takes a mean where theory
 asks for a soft value; Q# (2502.20548) shows the cost. The ridge is Tikhonov's; a natural gradient is
 damped so (Martens 2020). PRE-Control (2510.12121) names what is missing where the draws say nothing:
-excitation. b = 1 is reward shaping (Ng et al. 1999). Limitations: V reads one hidden state, not the text.
+excitation. b = 1 is reward shaping (Ng et al. 1999). Limitation: V reads a hidden state, not the text.
 """
 import contextlib
 import math
@@ -302,8 +301,7 @@ def checked_reward(reward, name):
     return scores
 
 # ------------------------------------------------------- loading a saved net: a reader may stop here
-
-# What train_value.py was asked for, and the control that it found.
+# INFO: what train_value.py was asked for, and the control that it found.
 INFO = {"model": str, "tokenizer": (str, type(None)), "dtype": str, "reward": str,
         "reward_tokenizer": (str, type(None)), "method": str, "rollouts": int, "tokens": int,
         "seed": int, "step_size": float, "radius": float, "nats": float}
