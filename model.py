@@ -196,7 +196,10 @@ def find_file(name, file):
     folder.mkdir(parents=True, exist_ok=True)
     url = f"https://huggingface.co/{folder.parent.name}/{name}/resolve/main/{file}"
     sha256 = PUBLIC[name] if file == "model.safetensors" else None
-    torch.hub.download_url_to_file(url, folder / file, sha256)
+    try:
+        torch.hub.download_url_to_file(url, folder / file, sha256)
+    except OSError as error:
+        raise InputError(f"{name}: {file} could not be fetched ({error}); is there a network?") from None
     return folder / file
 
 def read_json(path):
