@@ -184,8 +184,9 @@ def own_reward(info):
     return info["reward"]
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[1], usage=argparse.SUPPRESS,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description="Draw texts from a frozen GPT-2 without and with control.",
+        usage=argparse.SUPPRESS, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--value", default="out/value.pt", help="a net of train_value.py")
     parser.add_argument("--strength", default="1", help="factors of the trained step size, for example "
                         "0.5,1,2: one row per factor. To push the other way: --strength=-1")

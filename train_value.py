@@ -199,8 +199,9 @@ def report(value, rollout, so_far, outcome):
 # -------------------------------------------------------------------------------------- the script
 
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[1], usage=argparse.SUPPRESS,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description="Train a value function on the hidden states of a frozen GPT-2.",
+        usage=argparse.SUPPRESS, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--reward", default="sentiment", help="sentiment; FILE.py:FUNCTION, from a "
                         "list of texts to one number each, which must not depend on the other texts; "
                         "or DIRECTORY or DIRECTORY:LABEL of a GPT-2 classifier")

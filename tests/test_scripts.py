@@ -93,6 +93,15 @@ def test_wrong_arguments_are_named(capsys, script, arguments, message):
     assert error.value.code == 2 and re.search(message, capsys.readouterr().err.splitlines()[-1])
 
 
+@pytest.mark.parametrize("script", [train_value, sample])
+def test_help_needs_no_docstring(script, monkeypatch, capsys):
+    """python -OO has none."""
+    monkeypatch.setattr(script, "__doc__", None)
+    with pytest.raises(SystemExit):
+        script.main(["--help"])
+    assert "frozen GPT-2" in capsys.readouterr().out
+
+
 def test_the_net_is_saved_before_the_report(tmp_path, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
@@ -135,7 +144,7 @@ def test_a_reward_of_the_users_that_changes_folder_does_not_move_the_net(tmp_pat
 
 def rows_of(net, capsys, *arguments):
     """-> {label: [reward, gain, error, KL a text, ..]} of the table"""
-    sample.main(["--value", str(net), "--samples", "300", "--show", "0", *arguments])
+    sample.main(["--value", str(net), "--samples", "200", "--show", "0", *arguments])
     table = capsys.readouterr().out.splitlines()
     return {line[:18].strip(): [float(cell) for cell in line[18:].split()]
             for line in table if line.startswith(("without", "strength"))}
