@@ -142,7 +142,7 @@ class Cache:
         self.lengths += (T if lengths is None else lengths)
         slots = torch.arange(self.window, device=self.rows.device)
         seen = slots <= self.positions[:, None, :, None]                # -> (B, 1, T, window)
-        # log: 1 -> 0, 0 -> -inf. A mask of bools works, too, but a step starts 34 more GPU kernels.
+        # log: 1 -> 0, 0 -> -inf, which is added. (Attention would make the same of a mask of bools.)
         return self.positions, seen.to(self.keys.dtype).log()
 
     def store(self, layer, k, v):
@@ -207,6 +207,7 @@ def read_json(path):
     return dict(json.loads(path.read_text(encoding="utf-8-sig"))) if path.is_file() else {}
 
 def check_known(raw, known, where):
+    """InputError if raw asks for something else than the values in known (see NETWORK)"""
     for key, values in known.items():
         if raw.get(key, values[0]) not in values:
             allowed = ", ".join(map(repr, values))

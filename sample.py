@@ -49,7 +49,7 @@ def trace(model, tokenizer, value, reward, prompts, rollout, i, log_probs):
     reward: the one that V was trained for, or None. log_probs: hidden -> log p, log p_u.
     """
     mask, prompt = rollout.mask[i], prompts[i]
-    drawn = rollout.tokens[i][mask].tolist()
+    drawn = rollout.drawn(i)
     tokens = torch.tensor([prompt + drawn], device=mask.device)
     hidden = model(tokens)[0, len(prompt) - 1:-1]                               # (T, n_embd)
     V = None
@@ -213,6 +213,7 @@ def parse_args(argv):
     return args
 
 def check_args(parser, args):
+    """What argparse does not check; --strength becomes a list of numbers"""
     try:
         args.strength = [float(word) for word in args.strength.split(",")]
     except ValueError:

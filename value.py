@@ -20,7 +20,7 @@ the forecast one token later (lam 0) with the reward that the text did get (lam 
     target_t = reward_t + (1 - lam) V_{t+1} + lam target_{t+1}       reward_t: 0 but at the last token
     loss = mean of (Q_t - target_t)^2 + RIDGE |g_t|^2         (g_t whitened: see train_value.py)
 
-When texts are drawn, only g is used: u = step_size g(h). V is the mean, and the forecast shown.
+When texts are drawn, only g is used: u = step_size g(h). V is the mean of Q, and the forecast that is shown.
 
 Why g is learned. Kong et al. 2024 (arXiv 2406.05954) train V alone and climb dV/dh. But V is fitted
 at hidden states that were seen, and nothing shows how it changes between them. Control acts on the
@@ -32,6 +32,7 @@ softmax(W (h + g / beta)): the step size is 1 / beta.
 
 Why the ridge. Where one token has nearly all probability, its grad_log_p is nearly 0, so the draws say
 next to nothing about g. There the ridge keeps g near 0, and control does nothing.
+
 Related work. LM-Steer (arXiv 2305.12798) and RAD-Q (2407.04615) read out g . W[y], too. REBEL
 (2404.16767) regresses on log-probabilities. PMD-mean (2602.05933), like us, takes a mean where theory
 asks for a soft value; Q# (2502.20548) shows the cost. The ridge is Tikhonov's; a natural gradient is
@@ -194,7 +195,6 @@ class RewardModel:
     A GPT2ForSequenceClassification as a reward, read at a text's last token. With one label it is
     the logit, with several the log-odds log(p / (1 - p)) of `label`, by default the last.
     """
-
     def __init__(self, name, label=None, device="cpu", tokenizer=None):
         self.gpt, self.tokenizer = load(name, tokenizer, device)
         n_embd = self.gpt.config.n_embd

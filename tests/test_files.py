@@ -6,7 +6,6 @@ import ast
 import io
 import json
 import random
-import shutil
 import sys
 
 import pytest

@@ -2,7 +2,6 @@
 The two scripts as a user runs them: the main job, bad input in one line, and what is shown.
 """
 import io
-import os
 import re
 import subprocess
 import sys
