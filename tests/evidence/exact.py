@@ -116,6 +116,8 @@ class Oracle(Sampler):
         super().__init__(*settings)
         self.exact = exact
         self.size = size
+        self.W = self.model.wte.weight.double()
+        self.products = (self.W[:, :, None] * self.W[:, None]).flatten(1)       # (n_vocab, n_embd^2)
 
     def prefill(self, prompts, uniforms):
         super().prefill(prompts, uniforms)
@@ -133,18 +135,17 @@ class Oracle(Sampler):
         if self.t > 0:
             self.follow()
         left = self.exact.n_tokens - int(self.t)
-        W = self.model.wte.weight.double()
         log_p = self.model.unembed(hidden).double().log_softmax(-1)
         p = log_p.exp()                                                         # (B, n_vocab)
         Q = torch.zeros_like(p)
         for i, state in enumerate(self.states):
             if state is not None:
                 Q[i] = self.exact.q_values(state, left)
-        mean = p @ W                                                            # (B, n_embd)
-        second = torch.einsum("bv,vd,ve->bde", p, W, W)
+        mean = p @ self.W                                                       # (B, n_embd)
+        second = (p @ self.products).view(len(p), mean.size(1), -1)             # (B, n_embd, n_embd)
         covariance = second - mean[:, :, None] * mean[:, None]
         covariance.diagonal(dim1=1, dim2=2).add_(1e-9 * covariance.diagonal(dim1=1, dim2=2).sum())
-        with_Q = (p * Q) @ W - mean * (p * Q).sum(1, keepdim=True)
+        with_Q = (p * Q) @ self.W - mean * (p * Q).sum(1, keepdim=True)
         g = torch.linalg.solve(covariance, with_Q)
-        delta = self.size * g @ W.T
+        delta = self.size * g @ self.W.T
         return log_p.float(), (log_p + delta).log_softmax(-1).float()
