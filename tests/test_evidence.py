@@ -9,7 +9,7 @@ import sample
 import train_value
 from control import ascend, generate, uniform_table
 from model import in_turn, load, read_prompts
-from tests.evidence import baselines, chart, compare, published, records, trace
+from tests.evidence import baselines, chart, compare, front, published, records, trace
 from tests.evidence.methods import METHODS
 from value import ValueNet, load_reward
 
@@ -72,25 +72,24 @@ def test_g_of_a_sum_of_rewards_is_the_sum(rolled):
     torch.testing.assert_close(both, one - 0.5 * other, rtol=1e-8, atol=1e-10)
 
 
-class Sum:
-    """Two nets that control at once: weights times their g"""
-
-    def __init__(self, nets, weights):
-        self.nets, self.weights = nets, weights
-        self.std = nets[0].std
-
-    def gradient(self, hidden):
-        return sum(weight * net.gradient(hidden) for net, weight in zip(self.nets, self.weights))
-
-
 def test_control_by_a_sum_of_nets_is_the_sum_of_controls():
     torch.manual_seed(0)
     nets = [ValueNet(8).requires_grad_(False) for _ in range(2)]
     for net in nets:
         torch.nn.init.normal_(net.gradient_head.weight, std=0.01)
     h = torch.randn(5, 8)
-    u = ascend(Sum(nets, (1.0, -0.5)), h, step_size=2.0)
+    u = ascend(front.Sum(nets, (1.0, -0.5)), h, step_size=2.0)
     torch.testing.assert_close(u, ascend(nets[0], h, step_size=2.0) - ascend(nets[1], h, step_size=1.0))
+
+
+def test_front_of_two_rewards(tmp_path, monkeypatch, capsys):
+    """At 0 degrees the sum is the net of praise alone, so both columns of the table agree"""
+    for name, small in dict(ANGLES=(0, 45), ROLLOUTS=100, SAMPLES=40, FEW=20, TOKENS=8).items():
+        monkeypatch.setattr(front, name, small)
+    front.main([str(tmp_path / "front.svg"), "--seeds", "1"])
+    one, other = capsys.readouterr().out.splitlines()[-2].split("@")[:2]
+    assert one.split()[1:] == other.split()[1:]
+    assert "gain in words" in (tmp_path / "front.svg").read_text()
 
 
 def test_look_ahead_leaves_the_cache_as_it_was(rolled):

@@ -18,29 +18,31 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "out"
 COMPARE = "tests.evidence.compare --cache out/cache"
-REVIEWS = "q,q-end,static,lm-steer,rad-q,plain,paper,best-of,best-of-compute,dpo"
-STRONG = "--methods q --seeds 3 --budgets 0.5,1,2,4,8,16,32"
+REVIEWS = f"{COMPARE} --task reviews --seeds 3"
+FEWER = "--rollouts 4800 --samples 1200 --judge ../shared/imdb-reward"
 # step: (minutes, modules and their arguments)
 STEPS = {
-    "toy": (90, f"{COMPARE} --task toy", "tests.evidence.values out/toy.jsonl"),
-    "twist": (90, f"{COMPARE} --task twist", "tests.evidence.values out/twist.jsonl"),
-    "late": (90, f"{COMPARE} --task late", "tests.evidence.values out/late.jsonl"),
-    "reviews": (180, f"{COMPARE} --task reviews --seeds 3 --methods {REVIEWS} "
-                     "--judge ../shared/imdb-reward",
-                "tests.evidence.values out/reviews.jsonl"),
-    # guided runs the model 20 times a token: fewer texts
-    "guided": (120, f"{COMPARE} --task reviews --seeds 3 --methods q,guided --samples 600 "
-                    "--budgets 0.3,1 --json out/guided.jsonl",),
-    # each judge is the reward of the other table: a list of words, and a classifier
-    "learned": (240, f"{COMPARE} --task reviews --seeds 3 --methods q,q-end,static "
-                     "--reward ../shared/imdb-reward --judge sentiment --json out/learned.jsonl",),
-    "overdose": (60, f"{COMPARE} --task reviews {STRONG} --samples 1200 "
-                     "--judge ../shared/imdb-reward --json out/overdose.jsonl",
-                 "tests.evidence.chart out/overdose.jsonl out/overdose.svg "
-                 "--shown gain,judged,perplexity,distinct"),
+    "toy": (40, f"{COMPARE} --task toy", "tests.evidence.values out/toy.jsonl"),
+    "twist": (40, f"{COMPARE} --task twist", "tests.evidence.values out/twist.jsonl"),
+    "late": (40, f"{COMPARE} --task late", "tests.evidence.values out/late.jsonl"),
     "frontier": (1, "tests.evidence.chart out/toy.jsonl out/frontier.svg "
-                    "--methods q,guided,dpo,static,plain,paper",),
+                    "--methods q,lm-steer,rad-q,static,plain,paper",),
+    "front": (5, "tests.evidence.front out/front.svg",),
     "trace": (1, "train_value --out out/trace.pt", "tests.evidence.trace out/trace.pt out/trace.svg"),
+    "reviews": (90, f"{REVIEWS} --methods q,q-end,static", "tests.evidence.values out/reviews.jsonl"),
+    # all methods, with fewer texts, and a judge that nothing is trained or steered by
+    "rows": (120, f"{REVIEWS} --methods q,q-end,static,plain,paper,lm-steer,rad-q,best-of "
+                  f"--budgets 0.3,1 {FEWER} --json out/rows.jsonl",),
+    # look-ahead runs the model 20 times a token: one budget, a quarter of the texts
+    "guided": (20, f"{REVIEWS} --methods q,guided --rollouts 4800 --samples 300 --budgets 1 "
+                   "--json out/guided.jsonl",),
+    # reward and judge change places
+    "learned": (90, f"{REVIEWS} --methods q,q-end,static --budgets 0.3,1 --rollouts 4800 --samples 1200 "
+                    "--reward ../shared/imdb-reward --judge sentiment --json out/learned.jsonl",),
+    "overdose": (20, f"{REVIEWS} --methods q --budgets 1,2,4,8,16,32 --rollouts 4800 --samples 600 "
+                     "--judge ../shared/imdb-reward --json out/overdose.jsonl",
+                 "tests.evidence.chart out/overdose.jsonl out/overdose.svg --methods q "
+                 "--shown gain,judged,perplexity,distinct"),
     "bench": (10, "tests.evidence.bench --batches 1,32",),
 }
 

@@ -49,23 +49,23 @@ def thinned(line, right, n=60):
 
 
 class Panel:
-    """Axes from (0, low) to (right, high), whose left upper corner is at (x, y) of the picture"""
+    """Axes from (left, low) to (right, high), whose left upper corner is at (x, y) of the picture"""
 
-    def __init__(self, x, y, right, low, high, name):
+    def __init__(self, x, y, right, low, high, name, left=0.0, across="KL, nats a text"):
         self.x, self.y = x + LEFT, y + TOP
-        self.right, self.low, self.high = right, low, high
+        self.left, self.right, self.low, self.high = left, right, low, high
         self.parts = []
-        self.line([(0, high), (0, low), (right, low)], 'stroke="#666"')
-        self.text(0, high, name, 'dx="-46" dy="-10"')
-        self.text(right / 2, low, "KL, nats a text", 'dy="34" text-anchor="middle"')
-        for kl in ticks(0, right):
-            self.text(kl, low, f"{kl:.3g}", 'dy="16" text-anchor="middle"')
+        self.line([(left, high), (left, low), (right, low)], 'stroke="#666"')
+        self.text(left, high, name, 'dx="-46" dy="-10"')
+        self.text((left + right) / 2, low, across, 'dy="34" text-anchor="middle"')
+        for place in ticks(left, right):
+            self.text(place, low, f"{place:.3g}", 'dy="16" text-anchor="middle"')
         for height in ticks(low, high):
-            self.line([(0, height), (right, height)], 'stroke="#ddd"')
-            self.text(0, height, f"{height:.3g}", 'dx="-6" dy="4" text-anchor="end"')
+            self.line([(left, height), (right, height)], 'stroke="#ddd"')
+            self.text(left, height, f"{height:.3g}", 'dx="-6" dy="4" text-anchor="end"')
 
-    def at(self, kl, height):
-        x = self.x + kl / self.right * (WIDTH - LEFT)
+    def at(self, place, height):
+        x = self.x + (place - self.left) / (self.right - self.left) * (WIDTH - LEFT)
         y = self.y + (self.high - height) / (self.high - self.low) * (HEIGHT - TOP - BOTTOM)
         return x, y
 
