@@ -9,6 +9,7 @@ import sample
 import train_value
 from control import ascend, generate, uniform_table
 from model import in_turn, load, read_prompts
+from tests.evidence import all as everything
 from tests.evidence import baselines, chart, compare, front, published, records, trace
 from tests.evidence.methods import METHODS
 from value import ValueNet, load_reward
@@ -125,6 +126,17 @@ def test_every_method_learns_and_controls(tmp_path, monkeypatch, capsys):
     chart.main([str(path), str(tmp_path / "f.svg"), "--shown", "gain,perplexity"])
     assert "optimum" in (tmp_path / "f.svg").read_text(encoding="utf-8")
     assert json.loads(before.splitlines()[0])["method"] == "none"
+
+
+def test_steps_of_everything_name_what_there_is():
+    """all.py runs for hours: a mistyped method or option in its last step would be found late"""
+    commands = [command.split() for _, *step in everything.STEPS.values() for command in step]
+    compared = [words[1:] for words in commands if words[0] == "tests.evidence.compare"]
+    assert len(compared) == 8
+    for words in compared:
+        assert set(compare.parse_args(words).methods.split(",")) <= set(METHODS)
+    for name in {words[0] for words in commands}:
+        assert (ROOT / f"{name.replace('.', '/')}.py").exists()
 
 
 def test_published_commands_run(tmp_path, capsys):

@@ -77,6 +77,8 @@ def main():
     parser.add_argument("--only", default=",".join(STEPS), help="steps, separated by commas")
     args = parser.parse_args()
     steps = args.only.split(",")
+    if not set(steps) <= set(STEPS):
+        parser.error("steps are " + ",".join(STEPS))
     if args.list:
         for step in steps:
             minutes, *commands = STEPS[step]
