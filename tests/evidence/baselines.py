@@ -1,7 +1,9 @@
 """
 What control by a value function has to beat.
 
-    static      one direction for all states: u = size d, d by ridge regression of the reward
+    static      one direction for all states: u = size d, d by ridge regression of the reward on h
+    one-g       one direction for all states, from the draws as g is: d minimises
+                E[(d . grad_log_p(y) - (R - V))^2] + RIDGE |d|^2, V being that of q
     look-ahead  p_u(y) ~ p(y) exp(size (V(h') - V(h))), h' the state after y, which the model is run
                 to find, for the likeliest candidates y (value-guided decoding, as in FUDGE, Yang and
                 Klein 2021, and in controlled decoding, Mudgal et al. 2024)
@@ -12,7 +14,7 @@ What control by a value function has to beat.
                 low-rank head of Troshin et al. 2024, arXiv 2407.04615, as we read them)
     best of n   draw n texts, keep the one with the highest reward
 
-static, lm_steer and rad_q return controller_at(hidden, size) -> u, as control.step_for_kl takes it.
+static, one_g, lm_steer and rad_q return controller_at(hidden, size) -> u, as control.step_for_kl takes it.
 finetune.py is DPO.
 """
 import math
@@ -20,6 +22,7 @@ import math
 import torch
 import torch.nn as nn
 
+import train_value
 from control import Sampler
 
 
@@ -40,11 +43,29 @@ def static(rollout, outcome, ridge=3.0):
     return lambda hidden, size: (size * direction).expand(len(hidden), -1)
 
 
+def one_g(model, rollout, so_far, outcome, value):
+    """
+    What q's g would be if it were the same in all states: the rest of q's gain is the state's.
+
+    Whitened and with the same ridge as g, in training's units: outcomes of deviation 1.
+    """
+    mask = rollout.mask
+    reward = outcome.to(mask.device)[:, None]
+    V = value(rollout.hidden, so_far.to(mask.device))                           # (N, T)
+    surprise = ((reward - V) / outcome.std())[mask].double()                    # (n,)
+    whiten = train_value.whitening(rollout.grad_log_p[mask], model.wte.weight)
+    draws = (rollout.grad_log_p[mask].float() @ whiten).double()                # (n, n_embd)
+    gram = draws.T @ draws / len(draws)
+    gram.diagonal().add_(train_value.RIDGE)
+    direction = whiten @ torch.linalg.solve(gram, draws.T @ surprise / len(draws)).float()
+    return lambda hidden, size: (size * direction).expand(len(hidden), -1)
+
+
 @torch.enable_grad()
 def lm_steer(model, rollout, outcome, seed, epochs=4, rate=1e-3, batch=32):
     """A Rollout with states and its rewards (N,) -> controller_at; A starts from no control"""
     torch.manual_seed(seed)
-    best = outcome.topk(len(outcome) // 4).indices.to(rollout.mask.device)
+    best = (outcome >= outcome.quantile(0.75)).nonzero()[:, 0].to(rollout.mask.device)
     n_embd = rollout.hidden.size(-1)
     A = torch.zeros(n_embd, n_embd, device=best.device, requires_grad=True)
     optimizer = torch.optim.Adam([A], lr=rate)
@@ -61,7 +82,7 @@ def lm_steer(model, rollout, outcome, seed, epochs=4, rate=1e-3, batch=32):
 
 
 @torch.enable_grad()
-def rad_q(model, rollout, outcome, seed, epochs=4, rate=1e-3, batch=64):
+def rad_q(model, rollout, outcome, seed, epochs=4, rate=1e-2, batch=64):
     """The same for RAD-Q; states and outcomes standardised, as for q"""
     torch.manual_seed(seed)
     W = model.wte.weight.float()
@@ -122,7 +143,7 @@ def size_for_kl(texts_at, nats, rounds=12):
             high = size
         size *= max(min(math.sqrt(nats / max(kl, 1e-9)), 10), 0.1)
         if not low < size < high or i % 3 == 2:
-            size = (low + min(high, 4 * low)) / 2
+            size = (low + min(high, 4 * low + 1e-6)) / 2
     return size
 
 

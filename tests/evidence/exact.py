@@ -144,7 +144,8 @@ class Oracle(Sampler):
         mean = p @ self.W                                                       # (B, n_embd)
         second = (p @ self.products).view(len(p), mean.size(1), -1)             # (B, n_embd, n_embd)
         covariance = second - mean[:, :, None] * mean[:, None]
-        covariance.diagonal(dim1=1, dim2=2).add_(1e-9 * covariance.diagonal(dim1=1, dim2=2).sum())
+        sizes = covariance.diagonal(dim1=1, dim2=2)                             # (B, n_embd)
+        sizes.add_(1e-9 * sizes.sum(1, keepdim=True))
         with_Q = (p * Q) @ self.W - mean * (p * Q).sum(1, keepdim=True)
         g = torch.linalg.solve(covariance, with_Q)
         delta = self.size * g @ self.W.T

@@ -30,6 +30,7 @@ METHODS = {
     "plain": row("plain"),
     "paper": row("paper", radius=math.inf),
     "static": row("static"),
+    "one-g": row("one-g"),
     "lm-steer": row("lm-steer"),
     "rad-q": row("rad-q"),
     "q-30": row("q", steps=30),
@@ -58,6 +59,11 @@ def fit_static(task, method, texts, seed):
     return baselines.static(texts.rollout, texts.outcome)
 
 
+def fit_one_g(task, method, texts, seed):
+    value = fit_net(task, METHODS["q"], texts, seed)
+    return baselines.one_g(task.model, texts.rollout, texts.so_far, texts.outcome, value)
+
+
 def fit_lm_steer(task, method, texts, seed):
     return baselines.lm_steer(task.model, texts.rollout, texts.outcome, seed)
 
@@ -72,7 +78,7 @@ def fit_dpo(task, method, texts, seed):
 
 
 FITS = dict.fromkeys(train_value.METHODS, fit_net)
-FITS |= {"static": fit_static, "lm-steer": fit_lm_steer,
+FITS |= {"static": fit_static, "one-g": fit_one_g, "lm-steer": fit_lm_steer,
          "rad-q": fit_rad_q, "dpo": fit_dpo, "none": lambda task, method, texts, seed: None}
 
 
