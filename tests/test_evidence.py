@@ -1,4 +1,5 @@
 """The evidence: its arithmetic, README's table against the records, and that its commands run."""
+import functools
 import json
 import math
 
@@ -11,8 +12,9 @@ from control import ascend, generate, uniform_table
 from model import in_turn, load, read_prompts
 from tests.evidence import all as everything
 from tests.evidence import baselines, chart, compare, front, published, records, trace
+from tests.evidence.exact import Oracle
 from tests.evidence.methods import METHODS
-from value import ValueNet, load_reward
+from value import ValueNet
 
 ROOT = compare.ROOT
 TOY = train_value.TOY
@@ -41,7 +43,7 @@ def test_table_cells():
     points = [{"nats": 0.3, "kl": 0.25, "gain": 0.3}, {"nats": 0.3, "kl": 0.1, "gain": 0.3}]
     assert records.share({"optimum": optimum}, points) == "62"          # of 1/2 and 3/4
     static = {"method": "static", "points": [{"nats": 1.0, "kl": 1.0, "gain": 0.2}]}
-    assert records.over_static([static], [{"kl": 0.5, "gain": 0.2}]) == "2.00"
+    assert records.over_static([static], [{"kl": 0.25, "gain": 0.2}]) == "2.00"
 
 
 def test_best_of_kl():
@@ -49,28 +51,47 @@ def test_best_of_kl():
     for n in (2, 5):
         assert abs(baselines.best_of_kl(rewards, n) - (math.log(n) - (n - 1) / n)) < 0.01
     assert baselines.best_of_kl(torch.ones(10), 5) == 0
+    half = torch.tensor([0.0, 1.0])                     # the better of two: 1/4 and 3/4 of the texts
+    assert abs(baselines.best_of_kl(half, 2) - (0.25 * math.log(0.5) + 0.75 * math.log(1.5))) < 1e-12
 
 
-def fit_on(features, draws, target, ridge):
-    """V = a . f and g = G f by least squares, exactly -> the solution (features x (1 + n_embd),)"""
-    columns = torch.cat([features, (features[:, :, None] * draws[:, None]).flatten(1)], 1)
-    penalty = ridge * torch.eye(columns.size(1), dtype=columns.dtype)
-    return torch.linalg.solve(columns.T @ columns + penalty, columns.T @ target)
+class Costs:
+    """What texts of a size cost, as size_for_kl reads it"""
+
+    def __init__(self, kl):
+        self.kl, self.mask = torch.tensor([[kl]]), torch.tensor([[True]])
+
+
+@pytest.mark.parametrize("rate, power", [(10, 1), (2, 1), (0.01, 1), (5, 1.2), (0.3, 2), (1e-3, 2)])
+def test_size_for_kl_finds_the_size(rate, power):
+    """From 1, be that far too large or too small"""
+    size = baselines.size_for_kl(lambda size: Costs(rate * size ** power), 0.3)
+    assert abs(rate * size ** power - 0.3) < 0.016
 
 
 def test_g_of_a_sum_of_rewards_is_the_sum(rolled):
-    """tests/evidence/README.md, More than one reward: linear, to rounding, on one hidden layer"""
-    model, tokenizer, prompts, rollout = rolled
-    mask = rollout.mask
-    whiten = train_value.whitening(rollout.grad_log_p[mask], model.wte.weight)
-    draws = (rollout.grad_log_p[mask] @ whiten).double()[:, :8]
-    features = ValueNet(64, width=6).features(rollout.hidden[mask]).detach().double()
-    texts = rollout.texts(tokenizer, prompts)
-    praise = load_reward("sentiment")(texts)[:, None].expand(mask.shape)[mask]
-    length = torch.tensor([len(text) / 40 for text in texts]).double()[:, None].expand(mask.shape)[mask]
-    one, other, both = (fit_on(features, draws, target, 0.3)
-                        for target in (praise, length, praise - 0.5 * length))
-    torch.testing.assert_close(both, one - 0.5 * other, rtol=1e-8, atol=1e-10)
+    """
+    tests/evidence/README.md, More than one reward. On one hidden layer the slope of bellman_loss is a
+    sum of a part linear in the rewards, and one that knows only of the heads: so the heads where it is
+    0 are linear in the rewards.
+    """
+    rollout = rolled[3]
+    hidden, mask = rollout.hidden[:50], rollout.mask[:50]
+    draws = torch.randn(hidden.shape)
+    rewards, other = torch.randn(2, *mask.shape)
+
+    def slope(rewards, heads):
+        torch.manual_seed(0)
+        value = ValueNet(64, width=6, reads_so_far=False)
+        parameters = [*value.value_head.parameters(), *value.gradient_head.parameters()]
+        torch.nn.utils.vector_to_parameters(heads, parameters)
+        loss = train_value.bellman_loss(value, hidden, None, draws, rewards, mask, 0.8)
+        return torch.nn.utils.parameters_to_vector(torch.autograd.grad(loss, parameters))
+    zero, heads = torch.zeros(6 + 1 + 6 * 64), torch.randn(6 + 1 + 6 * 64)
+    both = slope(rewards - 0.5 * other, zero)
+    torch.testing.assert_close(both, slope(rewards, zero) - 0.5 * slope(other, zero))
+    of_heads = slope(rewards, heads) - slope(rewards, zero)
+    torch.testing.assert_close(of_heads, slope(other, heads) - slope(other, zero), rtol=1e-4, atol=1e-5)
 
 
 def test_control_by_a_sum_of_nets_is_the_sum_of_controls():
@@ -84,12 +105,13 @@ def test_control_by_a_sum_of_nets_is_the_sum_of_controls():
 
 
 def test_front_of_two_rewards(tmp_path, monkeypatch, capsys):
-    """At 0 degrees the sum is the net of praise alone, so both columns of the table agree"""
-    for name, small in dict(ANGLES=(0, 45), ROLLOUTS=100, SAMPLES=40, FEW=20, TOKENS=8).items():
+    """At 0 and 90 degrees the sum is one of the two nets, so both columns of the table agree"""
+    for name, small in dict(ANGLES=(0, 90), ROLLOUTS=100, SAMPLES=40, FEW=20, TOKENS=8).items():
         monkeypatch.setattr(front, name, small)
     front.main([str(tmp_path / "front.svg"), "--seeds", "1"])
-    one, other = capsys.readouterr().out.splitlines()[-2].split("@")[:2]
-    assert one.split()[1:] == other.split()[1:]
+    for line in capsys.readouterr().out.splitlines()[-2:]:
+        one, other = line.split("@")[:2]
+        assert one.split()[1:] == other.split()[1:]
     assert "gain in words" in (tmp_path / "front.svg").read_text()
 
 
@@ -102,6 +124,16 @@ def test_look_ahead_leaves_the_cache_as_it_was(rolled):
                                    candidates=3)
     texts = generate(model, prompts[:20], uniform_table(20, 32, 1), make_sampler=sampler)
     assert torch.equal(texts.tokens[texts.mask], rollout.tokens[:20][rollout.mask[:20]])
+
+
+def test_oracle_is_control_by_the_exact_mean_value(monkeypatch):
+    """On these languages any Q is linear in W[y]: at its KL the oracle gains what exact.py foretells"""
+    monkeypatch.setattr(compare, "EXACT", 400)
+    task = compare.Task(compare.parse_args(["--task", "late", "--samples", "256"]))
+    task.report_on(1)
+    sampler = functools.partial(Oracle, exact=task.exact, size=1.0)
+    point = task.measure(None, task.draw(task.test, 256, task.seed, make_sampler=sampler))
+    assert abs(point["gain"] - task.exact.best_of_mean_value(point["kl"])) < 3 * point["error"]
 
 
 def test_every_method_learns_and_controls(tmp_path, monkeypatch, capsys):

@@ -7,8 +7,9 @@ What control by a value function has to beat.
     look-ahead  p_u(y) ~ p(y) exp(size (V(h') - V(h))), h' the state after y, which the model is run
                 to find, for the likeliest candidates y (value-guided decoding, as in FUDGE, Yang and
                 Klein 2021, and in controlled decoding, Mudgal et al. 2024)
-    LM-Steer    u = size A h, A by likelihood of the best quarter of the texts (Han et al. 2024, arXiv
-                2305.12798): the nearest published relative of a push on the last hidden state
+    LM-Steer    u = size A h, A by likelihood of the best quarter of the texts, or more if they tie (after
+                Han et al. 2024, arXiv 2305.12798, whose A has low rank and whose loss reads the
+                bad texts, too): the nearest published relative of a push on the last hidden state
     RAD-Q       u = size B h: Q(h, y) = a . h + (B h) . W[y] by squared error to the text's reward, a
                 weight that grows along the text (Deng and Raffel 2023, arXiv 2310.09520, with the
                 low-rank head of Troshin et al. 2024, arXiv 2407.04615, as we read them)
@@ -62,7 +63,7 @@ def one_g(model, rollout, so_far, outcome, value):
 
 
 @torch.enable_grad()
-def lm_steer(model, rollout, outcome, seed, epochs=4, rate=1e-3, batch=32):
+def lm_steer(model, rollout, outcome, seed, rate, epochs=4, batch=32):
     """A Rollout with states and its rewards (N,) -> controller_at; A starts from no control"""
     torch.manual_seed(seed)
     best = (outcome >= outcome.quantile(0.75)).nonzero()[:, 0].to(rollout.mask.device)
@@ -82,8 +83,11 @@ def lm_steer(model, rollout, outcome, seed, epochs=4, rate=1e-3, batch=32):
 
 
 @torch.enable_grad()
-def rad_q(model, rollout, outcome, seed, epochs=4, rate=1e-2, batch=64):
-    """The same for RAD-Q; states and outcomes standardised, as for q"""
+def rad_q(model, rollout, outcome, seed, rate, epochs=4, batch=64):
+    """
+    A Rollout with states and its rewards (N,) -> controller_at, by B and a bias. States and outcomes
+    are standardised, as for q.
+    """
     torch.manual_seed(seed)
     W = model.wte.weight.float()
     n_embd = W.size(1)
@@ -125,12 +129,17 @@ class LookAhead(Sampler):
             self.cache.lengths -= 1         # the next token is written over this one
             self.cache.used -= 1
             change.scatter_(1, column, (after - here)[:, None])
-        change[:, self.eos_ids] = 0         # no text goes on after an end: V was not trained there
+        change[:, self.eos_ids] = 0         # no text goes on after an end, so V there means nothing
         return log_p, (log_p + self.size * change).log_softmax(-1)
 
 
 def size_for_kl(texts_at, nats, rounds=12):
-    """The size at which texts_at(size), a few texts, cost so many nats, to 5% if it is found"""
+    """
+    The size at which texts_at(size), a few texts, cost so many nats, to 5% if it is found.
+
+    KL grows as the square of a small size: that is the next guess. Every third round, and if the
+    guess is no news, it is the middle of what is left (on a log scale), or a quarter, or four times.
+    """
     low, high, size = 0.0, math.inf, 1.0
     for i in range(rounds):
         texts = texts_at(size)
@@ -143,7 +152,12 @@ def size_for_kl(texts_at, nats, rounds=12):
             high = size
         size *= max(min(math.sqrt(nats / max(kl, 1e-9)), 10), 0.1)
         if not low < size < high or i % 3 == 2:
-            size = (low + min(high, 4 * low + 1e-6)) / 2
+            if low == 0:
+                size = high / 4
+            elif high == math.inf:
+                size = 4 * low
+            else:
+                size = math.sqrt(low * high)
     return size
 
 

@@ -5,8 +5,8 @@ Charts of compare.py's records: gain against KL, with two standard errors over t
     python -m tests.evidence.chart out/overdose.jsonl tests/evidence/overdose.svg --methods q \
         --shown gain,judged,perplexity,distinct
 
-One panel for each of --shown. On the tiny languages the grey line is the exact optimum, the dotted one
-the most that the mean value can give: only chance puts a method above the first.
+One panel for each of --shown. On the tiny languages the grey line is the exact optimum, which only
+chance puts a method above; the dotted one is control by the exact mean value (exact.py).
 """
 import argparse
 import math
@@ -140,7 +140,9 @@ def main(argv=None):
     free, lines = records.read(args.records)
     methods = list(dict.fromkeys(line["method"] for line in lines))
     if args.methods:
-        methods = [name for name in args.methods.split(",") if name in methods]
+        known, methods = methods, args.methods.split(",")
+        if not set(methods) <= set(known):
+            parser.error(f"--methods: {args.records} has {','.join(known)}")
     shown = args.shown.split(",")
     parts = []
     for i, key in enumerate(shown):

@@ -5,9 +5,10 @@ The best gain any method could have at each KL, exactly, for the tiny models' la
 
 A dynamic programme over the grammar (tests/toy/grammar.py), with the model's *own* probabilities,
 averaged over the grammar's states on texts it has drawn. So what the model got slightly wrong is no
-error of V or of the control.
+error of V or of the control. Exact for these averages: two texts in one state of the grammar may have
+slightly different p, and a word that is not in the grammar counts for nothing.
 
-Beside it, the most that the mean value V = E[reward] can give:
+Beside it, control by the exact mean value V = E[reward]:
 
     q(token) ~ p(token) exp(V(next state) / beta)           normalised step by step
 """
@@ -94,7 +95,7 @@ class Exact:
                              for state, t in zip(self.states, columns)]), (rows, columns)
 
     def q_values(self, state, left):
-        """The exact value of drawing each token (n_vocab,); of one not in the language, V's own"""
+        """The exact value of drawing each token (n_vocab,); that of the state, if it is no word of it"""
         if (state, left) not in self.known:
             values = torch.full((len(self.spelling),), self.chain.value(state, left)).double()
             for _, word, following in grammar.choices(state):
@@ -105,11 +106,13 @@ class Exact:
 
 class Oracle(Sampler):
     """
-    Control by g without a net: u = size g, g the best that a push can do with the exact Q.
+    Control by g without a net: u = size g, with the g that the loss asks for, of the exact Q.
 
         g = argmin E_p[(Q(y) - V - g . grad_log_p(y))^2] = Cov_p(W)^-1 Cov_p(W, Q)
 
-    What q learns is this g. What is missing to the best for E[R] is the form's, linear in W[y].
+    These languages have fewer words in a state than W has dimensions. So any Q is linear in W[y], and
+    the oracle lies on the curve of the mean value: what q lacks to it is the net's error. Where words
+    are many, g is a fit, and the best only for small steps. CPU only: it follows the texts in Python.
     """
 
     def __init__(self, *settings, exact, size):

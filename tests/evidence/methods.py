@@ -2,7 +2,8 @@
 The methods that compare.py compares: how each learns from the rollouts, and how it controls.
 
 A new method is a row of METHODS; a new way to learn is a function in FITS, a new way to control one in
-CONTROLS. The last two return draw() -> a Rollout to report on: that is what is timed.
+CONTROLS. A fit returns a net, a function of the state or a model; a control returns draw() -> a Rollout
+to report on. Both are timed; draw is not.
 """
 import functools
 import math
@@ -19,7 +20,8 @@ def row(fit, control="push", steps=1, radius=RADIUS, rounds=1):
     """
     A method. fit: what learns from the rollouts, a row of train_value.METHODS or of FITS. control:
     how that is used, a row of CONTROLS, or best-of (compare.py). The steps of ascent share the step
-    size. rounds: of policy iteration, trained under the control so far, its nats off the rewards.
+    size. rounds: how often a net is trained; from the second on, on texts drawn under the last net's
+    control, whose nats are taken off the rewards.
     """
     return dict(fit=fit, control=control, steps=steps, radius=radius, rounds=rounds)
 
@@ -41,7 +43,7 @@ METHODS = {
     "best-of": row("none", control="best-of"),
     "best-of-compute": row("none", control="best-of"),
 }
-TRAINED = [name for name in METHODS if METHODS[name]["control"] != "best-of"]
+TRAINED = [name for name in METHODS if METHODS[name]["fit"] != "none"]
 
 
 def fit_net(task, method, texts, seed, price=0.0):
@@ -65,11 +67,12 @@ def fit_one_g(task, method, texts, seed):
 
 
 def fit_lm_steer(task, method, texts, seed):
-    return baselines.lm_steer(task.model, texts.rollout, texts.outcome, seed)
+    return baselines.lm_steer(task.model, texts.rollout, texts.outcome, seed,
+                              task.settings["lm_steer"])
 
 
 def fit_rad_q(task, method, texts, seed):
-    return baselines.rad_q(task.model, texts.rollout, texts.outcome, seed)
+    return baselines.rad_q(task.model, texts.rollout, texts.outcome, seed, task.settings["rad_q"])
 
 
 def fit_dpo(task, method, texts, seed):

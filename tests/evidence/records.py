@@ -60,13 +60,17 @@ def share(free, points):
 
 
 def over_static(lines, points):
-    """The gain as a multiple of a static direction's at equal KL"""
+    """
+    The gain as a multiple of a static direction's at equal KL. Between its points, static's gain is
+    taken as a power of KL; before the first, as a multiple of sqrt(KL), as it is for small steps.
+    """
     budgets = [point["nats"] for line in lines if line["method"] == "static" for point in line["points"]]
-    curve = [(0.0, 0.0)]
-    for nats in sorted(set(budgets)):
-        static = points_at(lines, "static", nats)
-        curve.append((mean(static, "kl"), mean(static, "gain")))
-    return f"{mean(points, 'gain') / at_kl(list(zip(*curve)), mean(points, 'kl')):.2f}"
+    rows = [points_at(lines, "static", nats) for nats in sorted(set(budgets))]
+    kls = [mean(row, "kl") for row in rows]
+    gains = [mean(row, "gain") for row in rows]
+    curve = np.log([kls[0] / 100, *kls]), np.log([gains[0] / 10, *gains])
+    static = np.exp(np.interp(np.log(mean(points, "kl")), *curve))
+    return f"{mean(points, 'gain') / static:.2f}"
 
 
 def readme_table(folder=FOLDER):

@@ -210,7 +210,7 @@ class Chain:
         """The same of the controller p(s'|s) exp(V(s') / beta), normalised step by step.
 
         V = E[R] is not log E[exp(R / beta)]: this is the optimum where one step decides, and less
-        than that over several. It is the most that a controller can have from the mean value."""
+        than that over several."""
         return self.controlled(state, left, lambda s, left: math.exp(self.value(s, left) / beta))
 
     def controlled(self, state, left, weight):
