@@ -19,30 +19,29 @@ ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "out"
 COMPARE = "tests.evidence.compare --cache out/cache"
 REVIEWS = f"{COMPARE} --task reviews --seeds 3"
-FEWER = "--rollouts 4800 --samples 1200 --judge ../shared/imdb-reward"
+JUDGE = "--judge ../shared/imdb-reward"
 # step: (minutes, modules and their arguments)
 STEPS = {
     "toy": (40, f"{COMPARE} --task toy", "tests.evidence.values out/toy.jsonl"),
     "twist": (40, f"{COMPARE} --task twist", "tests.evidence.values out/twist.jsonl"),
     "late": (40, f"{COMPARE} --task late", "tests.evidence.values out/late.jsonl"),
     "frontier": (1, "tests.evidence.chart out/toy.jsonl out/frontier.svg "
-                    "--methods q,lm-steer,rad-q,static,plain,paper",),
-    "front": (5, "tests.evidence.front out/front.svg",),
+                    "--methods q,one-g,lm-steer,static,plain,paper",),
+    "front": (6, "tests.evidence.front out/front.svg",),
     "trace": (1, "train_value --out out/trace.pt", "tests.evidence.trace out/trace.pt out/trace.svg"),
-    "reviews": (90, f"{REVIEWS} --methods q,q-end,static", "tests.evidence.values out/reviews.jsonl"),
-    # all methods, with fewer texts, and a judge that nothing is trained or steered by
-    "rows": (120, f"{REVIEWS} --methods q,q-end,static,plain,paper,lm-steer,rad-q,best-of "
-                  f"--budgets 0.3,1 {FEWER} --json out/rows.jsonl",),
+    "reviews": (60, f"{REVIEWS} --methods q,q-end,one-g,static,plain,paper,lm-steer,rad-q,best-of {JUDGE}",
+                "tests.evidence.values out/reviews.jsonl"),
     # look-ahead runs the model 20 times a token: one budget, a quarter of the texts
-    "guided": (20, f"{REVIEWS} --methods q,guided --rollouts 4800 --samples 300 --budgets 1 "
-                   "--json out/guided.jsonl",),
-    # reward and judge change places
-    "learned": (90, f"{REVIEWS} --methods q,q-end,static --budgets 0.3,1 --rollouts 4800 --samples 1200 "
-                    "--reward ../shared/imdb-reward --judge sentiment --json out/learned.jsonl",),
-    "overdose": (20, f"{REVIEWS} --methods q --budgets 1,2,4,8,16,32 --rollouts 4800 --samples 600 "
-                     "--judge ../shared/imdb-reward --json out/overdose.jsonl",
+    "guided": (20, f"{REVIEWS} --methods q,guided --samples 300 --budgets 1 --json out/guided.jsonl",),
+    "overdose": (20, f"{REVIEWS} --methods q --budgets 1,2,4,8,16,32 --samples 600 {JUDGE} "
+                     "--json out/overdose.jsonl",
                  "tests.evidence.chart out/overdose.jsonl out/overdose.svg --methods q "
                  "--shown gain,judged,perplexity,distinct"),
+    # reward and judge change places
+    "learned": (60, f"{REVIEWS} --methods q,q-end,one-g,static --reward ../shared/imdb-reward "
+                    "--judge sentiment --json out/learned.jsonl",),
+    "reviews-9600": (90, f"{REVIEWS} --methods q,q-end,one-g,static --rollouts 9600 --samples 2400 "
+                         "--budgets 0.1,0.3,0.8,1 --json out/reviews-9600.jsonl",),
     "bench": (10, "tests.evidence.bench --batches 1,32",),
 }
 

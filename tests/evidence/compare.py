@@ -58,7 +58,7 @@ TASKS = {
     "reviews": dict(model=SHARED / "imdb-mini", tokenizer="gpt2", tokens=24,
                     train=SHARED / "prompts" / "reviews-train.txt",
                     test=ROOT / "tests" / "openings.txt",
-                    rollouts=9600, samples=2400, budgets=(0.1, 0.3, 0.8, 1.0), best_of=(2, 3, 6),
+                    rollouts=4800, samples=1200, budgets=(0.3, 1.0), best_of=(2, 3, 6),
                     dpo=dict(rate=3e-5, epochs=1, beta=0.1), lm_steer=1e-4, rad_q=1e-4),
 }
 

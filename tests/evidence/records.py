@@ -14,7 +14,8 @@ COLUMNS = {"toy": "tiny language", "twist": "second", "late": "third", "reviews"
 LABELS = {"q": "`q`, the default", "q-end": "`q-end`: the reward at the end only",
           "guided": "look-ahead with V, 20 passes a token", "dpo": "all weights fine-tuned (DPO)",
           "rad-q": "RAD-Q's head and loss", "lm-steer": "LM-Steer",
-          "static": "one direction for all states", "plain": "`plain`: V alone, differentiated",
+          "one-g": "one direction for all states, from draws as g is",
+          "static": "one direction, by regression on hidden states", "plain": "`plain`: V alone, differentiated",
           "paper": "`paper`: the same, one-step targets, raw states"}
 
 
@@ -59,22 +60,22 @@ def share(free, points):
     return f"{100 * sum(shares) / len(shares):.0f}"
 
 
-def over_static(lines, points):
+def over_one_g(lines, points):
     """
-    The gain as a multiple of a static direction's at equal KL. Between its points, static's gain is
-    taken as a power of KL; before the first, as a multiple of sqrt(KL), as it is for small steps.
+    The gain as a multiple of one-g's, one direction for all states, at equal KL. Between its points, its
+    gain is taken as a power of KL; before the first, as a multiple of sqrt(KL), as for small steps.
     """
-    budgets = [point["nats"] for line in lines if line["method"] == "static" for point in line["points"]]
-    rows = [points_at(lines, "static", nats) for nats in sorted(set(budgets))]
+    budgets = [point["nats"] for line in lines if line["method"] == "one-g" for point in line["points"]]
+    rows = [points_at(lines, "one-g", nats) for nats in sorted(set(budgets))]
     kls = [mean(row, "kl") for row in rows]
     gains = [mean(row, "gain") for row in rows]
     curve = np.log([kls[0] / 100, *kls]), np.log([gains[0] / 10, *gains])
-    static = np.exp(np.interp(np.log(mean(points, "kl")), *curve))
-    return f"{mean(points, 'gain') / static:.2f}"
+    reference = np.exp(np.interp(np.log(mean(points, "kl")), *curve))
+    return f"{mean(points, 'gain') / reference:.2f}"
 
 
 def readme_table(folder=FOLDER):
-    """-> the lines of README.md's table: shares at 0.3 nats asked, over static at 1 nat asked"""
+    """-> the lines of README.md's table: shares at 0.3 nats asked, over one-g at 1 nat asked"""
     tasks = {task: read(folder / f"{task}.jsonl") for task in COLUMNS}
     rows = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---" * (1 + len(COLUMNS)) + "|"]
     best = []
@@ -93,7 +94,7 @@ def readme_table(folder=FOLDER):
             elif "optimum" in free:
                 cells.append(share(free, points))
             else:
-                cells.append(over_static(lines, points))
+                cells.append(over_one_g(lines, points))
         if any(cells):
             rows.append(f"| {label} | " + " | ".join(cells) + " |")
     return rows
