@@ -33,13 +33,13 @@ STEPS = {
                 "tests.evidence.values out/reviews.jsonl"),
     # look-ahead runs the model 20 times a token: one budget, a quarter of the texts
     "guided": (20, f"{REVIEWS} --methods q,guided --samples 300 --budgets 1 --json out/guided.jsonl",),
-    "overdose": (20, f"{REVIEWS} --methods q --budgets 1,2,4,8,16,32 --samples 600 {JUDGE} "
+    "overdose": (20, f"{REVIEWS} --methods q --budgets 1,2,4,8,16,32 --samples 400 {JUDGE} "
                      "--json out/overdose.jsonl",
                  "tests.evidence.chart out/overdose.jsonl out/overdose.svg --methods q "
                  "--shown gain,judged,perplexity,distinct"),
     # reward and judge change places
     "learned": (60, f"{REVIEWS} --methods q,q-end,one-g,static --reward ../shared/imdb-reward "
-                    "--judge sentiment --json out/learned.jsonl",),
+                    "--judge sentiment --rollouts 2400 --samples 800 --json out/learned.jsonl",),
     "reviews-9600": (90, f"{REVIEWS} --methods q,q-end,one-g,static --rollouts 9600 --samples 2400 "
                          "--budgets 0.1,0.3,0.8,1 --json out/reviews-9600.jsonl",),
     "bench": (10, "tests.evidence.bench --batches 1,32",),
