@@ -11,7 +11,10 @@ import torch
 
 FOLDER = Path(__file__).with_name("records")
 COLUMNS = {"toy": "tiny language", "twist": "second", "late": "third", "reviews": "film reviews"}
+# best of n is asked in n: three texts cost about 0.3 nats, six 0.7, as q does on reviews
+ASKED = {True: {"best-of": 3}, False: {"best-of": 6}}           # where the optimum is known, and not
 LABELS = {"q": "`q`, the default", "q-end": "`q-end`: the reward at the end only",
+          "best-of": "best of 3 texts drawn (reviews: of 6)",
           "guided": "look-ahead with V, 20 passes a token", "dpo": "all weights fine-tuned (DPO)",
           "rad-q": "RAD-Q's head and loss", "lm-steer": "LM-Steer",
           "one-g": "one direction for all states, from draws as g is",
@@ -88,10 +91,11 @@ def readme_table(folder=FOLDER):
     for method, label in LABELS.items():
         cells = []
         for free, lines in tasks.values():
-            points = points_at(lines, method, 0.3 if free and "optimum" in free else 1.0)
+            known = bool(free) and "optimum" in free
+            points = points_at(lines, method, ASKED[known].get(method, 0.3 if known else 1.0))
             if not points:
                 cells.append("")
-            elif "optimum" in free:
+            elif known:
                 cells.append(share(free, points))
             else:
                 cells.append(over_one_g(lines, points))
