@@ -1,5 +1,6 @@
 """
-Every table and picture of the evidence, made again from an empty out/.
+The tables and pictures of the evidence, made again from an empty out/. (Not: sweeps of settings, which
+RESULTS.md has commands for; what needs a GPU; PUBLISHED.md.)
 
     python -m tests.evidence.all                    # goes on where it was stopped
     python -m tests.evidence.all --list             # what there is, and how long each takes
@@ -26,7 +27,7 @@ STEPS = {
     "twist": (40, f"{COMPARE} --task twist", "tests.evidence.values out/twist.jsonl"),
     "late": (40, f"{COMPARE} --task late", "tests.evidence.values out/late.jsonl"),
     "frontier": (1, "tests.evidence.chart out/toy.jsonl out/frontier.svg "
-                    "--methods q,one-g,lm-steer,static,plain,paper",),
+                    "--methods q,one-g,lm-steer,static,plain",),
     "front": (6, "tests.evidence.front out/front.svg",),
     "trace": (1, "train_value --out out/trace.pt", "tests.evidence.trace out/trace.pt out/trace.svg"),
     "reviews": (60, f"{REVIEWS} --methods q,q-end,one-g,static,plain,paper,lm-steer,rad-q,best-of {JUDGE}",

@@ -2,7 +2,7 @@
 What control by a value function has to beat.
 
     static      one direction for all states: u = size d, d by ridge regression of the reward on h
-    one-g       one direction for all states, from the draws as g is: d minimises
+    one-g       one direction for all states, from the draws that g learns from: d minimises
                 E[(d . grad_log_p(y) - (R - V))^2] + RIDGE |d|^2, V being that of q
     look-ahead  p_u(y) ~ p(y) exp(size (V(h') - V(h))), h' the state after y, which the model is run
                 to find, for the likeliest candidates y (value-guided decoding, as in FUDGE, Yang and
@@ -46,9 +46,10 @@ def static(rollout, outcome, ridge=3.0):
 
 def one_g(model, rollout, so_far, outcome, value):
     """
-    What q's g would be if it were the same in all states: the rest of q's gain is the state's.
+    A fair single direction: near to what q's g would be if it had to be the same in all states.
 
-    Whitened and with the same ridge as g, in training's units: outcomes of deviation 1.
+    As g it is whitened, with RIDGE, for outcomes of deviation 1. Other than g it is solved for, without
+    weight decay, and its target is the outcome itself (lambda 1).
     """
     mask = rollout.mask
     reward = outcome.to(mask.device)[:, None]
@@ -137,8 +138,8 @@ def size_for_kl(texts_at, nats, rounds=12):
     """
     The size at which texts_at(size), a few texts, cost so many nats, to 5% if it is found.
 
-    KL grows as the square of a small size: that is the next guess. Every third round, and if the
-    guess is no news, it is the middle of what is left (on a log scale), or a quarter, or four times.
+    KL grows as the square of a small size: that gives the next guess. Every third round, and if the
+    guess is outside of what is left, take the middle (on a log scale), or a quarter, or four times.
     """
     low, high, size = 0.0, math.inf, 1.0
     for i in range(rounds):

@@ -1,7 +1,7 @@
 """
 Charts of compare.py's records: gain against KL, with two standard errors over trainings.
 
-    python -m tests.evidence.chart out/toy.jsonl tests/evidence/frontier.svg --methods q,plain,static
+    python -m tests.evidence.chart out/toy.jsonl out/frontier.svg --methods q,one-g,lm-steer,static,plain
     python -m tests.evidence.chart out/overdose.jsonl tests/evidence/overdose.svg --methods q \
         --shown gain,judged,perplexity,distinct
 

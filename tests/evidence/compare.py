@@ -47,7 +47,8 @@ TOY = Path(train_value.TOY)
 SETTINGS = ("task", "reward", "judge", "samples", "rollouts", "budgets")     # one a file
 REPORT = 1000       # the uniforms of training 1 have seed 1, of its report 1001, and so on
 EXACT = 6000        # texts whose states give the exact values
-# Baselines' settings are chosen for each task, on seeds 101 and up; q's are the same on all tasks.
+# Baselines have one setting for the tiny languages and one for reviews (dpo: one for each task), chosen
+# on seeds 101 and up. q's are the same on all tasks.
 TINY = dict(rollouts=4000, samples=8000, budgets=(0.1, 0.3, 0.8), best_of=(2, 3, 5),
             dpo=dict(rate=1e-4, epochs=4, beta=1), lm_steer=1e-3, rad_q=1e-2)
 TASKS = {
@@ -319,6 +320,8 @@ def complete(args, methods):
     """Add what the file lacks: a line a (method, seed)"""
     settings = {key: vars(args)[key] for key in SETTINGS}
     free, lines = records.read(args.json)
+    for line in [free or {}, *lines]:
+        check_same(args.json, line, settings)
     done = {(line["method"], line["seed"]) for line in lines}
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, text=True,
                             capture_output=True).stdout.strip()
@@ -328,8 +331,6 @@ def complete(args, methods):
         missing = [name for name in methods if (name, seed) not in done and possible(name, args, seed)]
         if not missing:
             continue
-        for line in [free or {}, *lines]:
-            check_same(args.json, line, settings)
         task = task or Task(args)
         task.report_on(seed)
         if not free:
@@ -383,7 +384,8 @@ def main(argv=None):
     methods = args.methods.split(",")
     complete(args, methods)
     free, lines = records.read(args.json)
-    print_table(free, lines, methods)
+    asked = range(args.first_seed, args.first_seed + args.seeds)
+    print_table(free, [line for line in lines if line["seed"] in asked], methods)
 
 
 if __name__ == "__main__":

@@ -111,8 +111,9 @@ class Oracle(Sampler):
         g = argmin E_p[(Q(y) - V - g . grad_log_p(y))^2] = Cov_p(W)^-1 Cov_p(W, Q)
 
     These languages have fewer words in a state than W has dimensions. So any Q is linear in W[y], and
-    the oracle lies on the curve of the mean value: what q lacks to it is the net's error. Where words
-    are many, g is a fit, and the best only for small steps. CPU only: it follows the texts in Python.
+    the oracle lies on the curve of the mean value: the distance from q to it is what learning costs.
+    Where words are many, g is a fit, and the best only for small steps. CPU only: it follows the texts
+    in Python.
     """
 
     def __init__(self, *settings, exact, size):
@@ -148,7 +149,7 @@ class Oracle(Sampler):
         second = (p @ self.products).view(len(p), mean.size(1), -1)             # (B, n_embd, n_embd)
         covariance = second - mean[:, :, None] * mean[:, None]
         sizes = covariance.diagonal(dim1=1, dim2=2)                             # (B, n_embd)
-        sizes.add_(1e-9 * sizes.sum(1, keepdim=True))
+        sizes += 1e-9 * sizes.sum(1, keepdim=True)      # in place: solvable where few words are likely
         with_Q = (p * Q) @ self.W - mean * (p * Q).sum(1, keepdim=True)
         g = torch.linalg.solve(covariance, with_Q)
         delta = self.size * g @ self.W.T

@@ -1,7 +1,7 @@
 """
 Two rewards at once, praise and length: the front between them at equal KL, by adding two nets' g.
 
-    python -m tests.evidence.front out/front.svg            # six minutes; prints the table, draws it
+    python -m tests.evidence.front out/front.svg            # six minutes of CPU; prints the table, draws it
 
     R = cos(a) praise / its deviation + sin(a) length / its deviation
 
@@ -37,14 +37,14 @@ class Sum:
 
     def __init__(self, nets, weights):
         self.nets, self.weights = nets, weights
-        self.std = nets[0].std
+        self.std = nets[0].std              # of the hidden states: the same for nets of one seed
 
     def gradient(self, hidden):
         return sum(weight * net.gradient(hidden) for net, weight in zip(self.nets, self.weights))
 
 
 def length(texts):
-    """-> the number of words of each text"""
+    """-> the number of words and full stops of each text"""
     return torch.tensor([len(text.split()) for text in texts], dtype=torch.float64)
 
 
@@ -70,10 +70,12 @@ def one_training(seed):
         rewards = train_value.rewards_at_end(outcome, rollout.mask)
         return train_value.train(model, rollout, so_far, rewards, **settings, seed=seed)
 
-    def draw(value=None, size=0.0, samples=SAMPLES, seed=REPORT + seed):
-        rows = in_turn(prompts, samples, seed)
-        controller = partial(ascend, value, step_size=size, radius=RADIUS) if value else None
-        return rows, generate(model, rows, uniform_table(samples, TOKENS, seed), controller)
+    def draw(value=None, size=0.0, samples=SAMPLES, draw_seed=REPORT + seed):
+        rows = in_turn(prompts, samples, draw_seed)
+        controller = None
+        if value is not None:
+            controller = partial(ascend, value, step_size=size, radius=RADIUS)
+        return rows, generate(model, rows, uniform_table(samples, TOKENS, draw_seed), controller)
 
     def measure(rows, drawn):
         texts = drawn.texts(tokenizer, rows)

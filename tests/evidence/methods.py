@@ -108,7 +108,7 @@ def push(task, method, texts, fitted, seed, nats):
 
 
 def sized(task, texts_at, seed, nats):
-    """texts_at(prompts, samples, seed, size) -> the same; the size is searched on a few texts"""
+    """texts_at(prompts, samples, seed, size) -> draw(); the size is searched on a few texts"""
     few = functools.partial(texts_at, task.train, 256, seed)
     size = baselines.size_for_kl(few, nats)
     return lambda: texts_at(task.test, task.args.samples, task.seed, size)

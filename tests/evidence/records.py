@@ -11,14 +11,15 @@ import torch
 
 FOLDER = Path(__file__).with_name("records")
 COLUMNS = {"toy": "tiny language", "twist": "second", "late": "third", "reviews": "film reviews"}
-# best of n is asked in n: three texts cost about 0.3 nats, six 0.7, as q does on reviews
-ASKED = {True: {"best-of": 3}, False: {"best-of": 6}}           # where the optimum is known, and not
+# The budgets shown. That of best of n is n: three texts cost about 0.3 nats, six 0.7, as q on reviews.
+TINY, REVIEWS = {"best-of": 3}, {"best-of": 6}                  # others: 0.3 and 1 nat
 LABELS = {"q": "`q`, the default", "q-end": "`q-end`: the reward at the end only",
           "best-of": "best of 3 texts drawn (reviews: of 6)",
           "guided": "look-ahead with V, 20 passes a token", "dpo": "all weights fine-tuned (DPO)",
           "rad-q": "RAD-Q's head and loss", "lm-steer": "LM-Steer",
-          "one-g": "one direction for all states, from draws as g is",
-          "static": "one direction, by regression on hidden states", "plain": "`plain`: V alone, differentiated",
+          "one-g": "one direction for all states, from the same draws",
+          "static": "one direction, by regression on hidden states",
+          "plain": "`plain`: V alone, differentiated",
           "paper": "`paper`: the same, one-step targets, raw states"}
 
 
@@ -65,15 +66,18 @@ def share(free, points):
 
 def over_one_g(lines, points):
     """
-    The gain as a multiple of one-g's, one direction for all states, at equal KL. Between its points, its
-    gain is taken as a power of KL; before the first, as a multiple of sqrt(KL), as for small steps.
+    The gain as a multiple of one-g's, one direction for all states, at equal KL. Between its points and
+    beyond, its gain is taken as a power of KL; before the first, as a multiple of sqrt(KL).
     """
     budgets = [point["nats"] for line in lines if line["method"] == "one-g" for point in line["points"]]
     rows = [points_at(lines, "one-g", nats) for nats in sorted(set(budgets))]
     kls = [mean(row, "kl") for row in rows]
     gains = [mean(row, "gain") for row in rows]
-    curve = np.log([kls[0] / 100, *kls]), np.log([gains[0] / 10, *gains])
-    reference = np.exp(np.interp(np.log(mean(points, "kl")), *curve))
+    x = np.log([kls[0] / 100, *kls])
+    y = np.log([gains[0] / 10, *gains])
+    slope = (y[-1] - y[-2]) / (x[-1] - x[-2])
+    x, y = [*x, x[-1] + 1], [*y, y[-1] + slope]         # to 2.7 times the KL of its last point
+    reference = np.exp(np.interp(np.log(mean(points, "kl")), x, y))
     return f"{mean(points, 'gain') / reference:.2f}"
 
 
@@ -92,7 +96,8 @@ def readme_table(folder=FOLDER):
         cells = []
         for free, lines in tasks.values():
             known = bool(free) and "optimum" in free
-            points = points_at(lines, method, ASKED[known].get(method, 0.3 if known else 1.0))
+            nats = TINY.get(method, 0.3) if known else REVIEWS.get(method, 1.0)
+            points = points_at(lines, method, nats)
             if not points:
                 cells.append("")
             elif known:
