@@ -7,8 +7,9 @@ RESULTS.md has commands for; what needs a GPU; PUBLISHED.md.)
     python -m tests.evidence.all --only toy,trace
 
 A step's output goes to out/tables/STEP.txt when it is done, and it is not done again; within a step
-compare.py goes on at the training where it was stopped. Minutes are of two shared CPU cores. At the
-end the records and pictures stand in out/: look at them, then copy them to tests/evidence.
+compare.py goes on at the training where it was stopped. Minutes are of one core (OMP_NUM_THREADS=1)
+of a shared machine; those of reviews-9600 are an estimate. At the end the records and pictures stand in
+out/: look at them, then copy them to tests/evidence.
 """
 import argparse
 import subprocess
@@ -23,9 +24,9 @@ REVIEWS = f"{COMPARE} --task reviews --seeds 3"
 JUDGE = "--judge ../shared/imdb-reward"
 # step: (minutes, modules and their arguments)
 STEPS = {
-    "toy": (40, f"{COMPARE} --task toy", "tests.evidence.values out/toy.jsonl"),
-    "twist": (40, f"{COMPARE} --task twist", "tests.evidence.values out/twist.jsonl"),
-    "late": (40, f"{COMPARE} --task late", "tests.evidence.values out/late.jsonl"),
+    "toy": (60, f"{COMPARE} --task toy", "tests.evidence.values out/toy.jsonl"),
+    "twist": (50, f"{COMPARE} --task twist", "tests.evidence.values out/twist.jsonl"),
+    "late": (50, f"{COMPARE} --task late", "tests.evidence.values out/late.jsonl"),
     "frontier": (1, "tests.evidence.chart out/toy.jsonl out/frontier.svg "
                     "--methods q,one-g,lm-steer,static,plain",),
     "front": (6, "tests.evidence.front out/front.svg",),
@@ -33,13 +34,13 @@ STEPS = {
     "reviews": (60, f"{REVIEWS} --methods q,q-end,one-g,static,plain,paper,lm-steer,rad-q,best-of {JUDGE}",
                 "tests.evidence.values out/reviews.jsonl"),
     # look-ahead runs the model 20 times a token: one budget, a quarter of the texts
-    "guided": (20, f"{REVIEWS} --methods q,guided --samples 300 --budgets 1 --json out/guided.jsonl",),
-    "overdose": (20, f"{REVIEWS} --methods q --budgets 1,2,4,8,16,32 --samples 400 {JUDGE} "
+    "guided": (10, f"{REVIEWS} --methods q,guided --samples 300 --budgets 1 --json out/guided.jsonl",),
+    "overdose": (10, f"{REVIEWS} --methods q --budgets 1,2,4,8,16,32 --samples 400 {JUDGE} "
                      "--json out/overdose.jsonl",
                  "tests.evidence.chart out/overdose.jsonl out/overdose.svg --methods q "
                  "--shown gain,judged,perplexity,distinct"),
     # reward and judge change places
-    "learned": (60, f"{REVIEWS} --methods q,q-end,one-g,static --reward ../shared/imdb-reward "
+    "learned": (25, f"{REVIEWS} --methods q,q-end,one-g,static --reward ../shared/imdb-reward "
                     "--judge sentiment --rollouts 2400 --samples 800 --json out/learned.jsonl",),
     "reviews-9600": (90, f"{REVIEWS} --methods q,q-end,one-g,static --rollouts 9600 --samples 2400 "
                          "--budgets 0.1,0.3,0.8,1 --json out/reviews-9600.jsonl",),

@@ -138,12 +138,17 @@ def main(argv=None):
     parser.add_argument("--shown", default="gain", help="a panel each: " + ",".join(NAMES))
     args = parser.parse_args(argv)
     free, lines = records.read(args.records)
+    if not lines:
+        parser.error(f"{args.records} has no records; compare.py makes them")
     methods = list(dict.fromkeys(line["method"] for line in lines))
     if args.methods:
         known, methods = methods, args.methods.split(",")
         if not set(methods) <= set(known):
             parser.error(f"--methods: {args.records} has {','.join(known)}")
     shown = args.shown.split(",")
+    for key in shown:
+        if not any(key in point for line in lines for point in line["points"]):
+            parser.error(f"--shown {key}: {args.records} has no such number")
     parts = []
     for i, key in enumerate(shown):
         x, y = i % 2 * (WIDTH + GAP), i // 2 * HEIGHT

@@ -34,7 +34,7 @@ import torch
 
 import train_value
 from control import Rollout, generate, uniform_table
-from model import InputError, in_turn, load, read_prompts
+from model import InputError, in_turn, load, read_prompts, run_script
 from tests.evidence import baselines, records, values
 from tests.evidence.exact import Exact
 from tests.evidence.methods import CONTROLS, FITS, METHODS, TRAINED
@@ -351,6 +351,10 @@ def complete(args, methods):
             print(f"seed {seed} {name}: {gains}", file=sys.stderr, flush=True)
 
 
+def numbers(text):
+    return [float(number) for number in text.split(",")]
+
+
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[1])
     parser.add_argument("--task", choices=TASKS, default="toy")
@@ -359,7 +363,7 @@ def parse_args(argv=None):
     parser.add_argument("--first-seed", type=int, default=1, help="101: development")
     parser.add_argument("--samples", type=int, help="texts reported on, a point")
     parser.add_argument("--rollouts", type=int, help="texts learnt from, a training")
-    parser.add_argument("--budgets", help="nats asked: 1,2,4,8")
+    parser.add_argument("--budgets", type=numbers, help="nats asked: 1,2,4,8")
     parser.add_argument("--reward", default="sentiment", help="as for train_value.py")
     parser.add_argument("--judge", help="another reward, that nothing is trained or steered by")
     parser.add_argument("--device", default="cpu")
@@ -372,10 +376,7 @@ def parse_args(argv=None):
     args.json = args.json or ROOT / "out" / f"{args.task}.jsonl"
     args.samples = args.samples or TASKS[args.task]["samples"]
     args.rollouts = args.rollouts or TASKS[args.task]["rollouts"]
-    if args.budgets:
-        args.budgets = [float(nats) for nats in args.budgets.split(",")]
-    else:
-        args.budgets = list(TASKS[args.task]["budgets"])
+    args.budgets = args.budgets or list(TASKS[args.task]["budgets"])
     return args
 
 
@@ -389,4 +390,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -11,8 +11,9 @@ and 201 tests, so that settings may be chosen by it.
 """
 import argparse
 
+from model import run_script
 from tests.evidence import baselines
-from tests.evidence.compare import TASKS, Task, parse_args
+from tests.evidence.compare import TASKS, Task, numbers, parse_args
 from tests.evidence.methods import METHODS, fit_net
 
 LEARN, TEST = 101, 201
@@ -32,17 +33,13 @@ def eff(u_at, texts, V):
     return gained / (spent * len(mask)) ** 0.5
 
 
-def rates(text):
-    return [float(rate) for rate in text.split(",") if rate]
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[1])
     parser.add_argument("--task", choices=TASKS, default="toy")
     parser.add_argument("--rollouts", type=int, default=4000, help="texts to learn from")
     parser.add_argument("--samples", type=int, default=4000, help="texts to test on")
-    parser.add_argument("--lm-steer", type=rates, default=[], help="rates of LM-Steer: 1e-4,1e-3")
-    parser.add_argument("--rad-q", type=rates, default=[], help="rates of RAD-Q")
+    parser.add_argument("--lm-steer", type=numbers, default=[], help="rates of LM-Steer: 1e-4,1e-3")
+    parser.add_argument("--rad-q", type=numbers, default=[], help="rates of RAD-Q")
     parser.add_argument("--epochs", type=int, default=4, help="of these two")
     args = parser.parse_args(argv)
     task = Task(parse_args(["--task", args.task, "--rollouts", str(args.rollouts)]))
@@ -68,4 +65,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)
