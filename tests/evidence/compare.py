@@ -5,11 +5,11 @@ Every method at equal KL: gain in reward, mean over trainings and its standard e
 
 One set of rollouts a seed trains all methods. A step size is the one that costs the budget on the
 states of these rollouts (guided, dpo, oracle: on 256 texts drawn with it), so nothing is tuned on the
-draws of the report; the KL printed is what the reported texts cost. A gain is the mean reward less that of the uncontrolled texts drawn with the
-same uniforms. On the tiny languages it is also given as a share of the optimum at that KL (exact.py;
-chance may put it above 100%). Each training reports on draws of its own, so that the error over
-trainings is also that of the texts. Each (method, seed) is added to --json as it is done, and not
-done again.
+draws of the report; the KL printed is what the reported texts cost. A gain is the mean reward less that
+of the uncontrolled texts drawn with the same uniforms. On the tiny languages it is also given as a share
+of the optimum at that KL (exact.py; chance may put it above 100%). Each training reports on draws of its
+own, so that the error over trainings is also that of the texts. Each (method, seed) is added to --json as
+it is done, and not done again.
 
     low     the lowest single training, in % of its row's mean, at its worst budget: of the share of
             the optimum where that is known, else of the gain
@@ -340,7 +340,7 @@ def complete(args, methods):
         for name in missing:
             method = METHODS[name]
             line = {"method": name, "seed": seed} | settings | origin | {"row": method}
-            if method["fit"] in train_value.METHODS:
+            if method["fit"] in train_value.METHODS or name == "one-g":
                 line["constants"] = constants()
             if method["control"] == "best-of":
                 line |= best_of(task, seed, name == "best-of-compute")

@@ -95,7 +95,7 @@ class Exact:
                              for state, t in zip(self.states, columns)]), (rows, columns)
 
     def q_values(self, state, left):
-        """The exact value of drawing each token (n_vocab,); that of the state, if it is no word of it"""
+        """The exact value of drawing each token (n_vocab,); for what is no word, that of the state"""
         if (state, left) not in self.known:
             values = torch.full((len(self.spelling),), self.chain.value(state, left)).double()
             for _, word, following in grammar.choices(state):

@@ -3,7 +3,7 @@ The methods that compare.py compares: how each learns from the rollouts, and how
 
 A new method is a row of METHODS; a new way to learn is a function in FITS, a new way to control one in
 CONTROLS. A fit returns a net, a function of the state or a model; a control returns draw() -> a Rollout
-to report on. Both are timed; draw is not.
+to report on. Fit and control are timed, draw is not.
 """
 import functools
 import math
