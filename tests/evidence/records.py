@@ -32,9 +32,12 @@ def read(path):
 
 
 def add(path, line):
+    """Written whole or not: a run may be stopped at any time"""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+    before = path.read_text() if path.exists() else ""
+    part = path.with_suffix(".part")
+    part.write_text(before + json.dumps(line) + "\n")
+    part.replace(path)
 
 
 def mean(rows, key):
