@@ -41,7 +41,7 @@ def test_readme_shows_the_records():
 def test_table_cells():
     optimum = [[0.0, 0.1, 0.4], [0.0, 0.4, 0.8]]
     points = [{"nats": 0.3, "kl": 0.25, "gain": 0.3}, {"nats": 0.3, "kl": 0.1, "gain": 0.3}]
-    assert records.share({"optimum": optimum}, points) == "62"          # of 1/2 and 3/4
+    assert records.share(optimum, points) == pytest.approx(62.5)        # of 1/2 and 3/4
     one_g = {"method": "one-g", "points": [{"nats": 1.0, "kl": 1.0, "gain": 0.2}]}
     assert records.over_one_g([one_g], [{"kl": 0.25, "gain": 0.2}]) == "2.00"
     one_g["points"].append({"nats": 4.0, "kl": 2.0, "gain": 0.4})       # from here on as KL itself

@@ -73,17 +73,18 @@ class Panel:
         ends = " ".join(f"{x:.1f},{y:.1f}" for x, y in (self.at(*point) for point in points))
         self.parts.append(f'<polyline points="{ends}" fill="none" {style}/>')
 
-    def text(self, kl, height, words, style):
-        x, y = self.at(kl, height)
+    def text(self, place, height, words, style):
+        x, y = self.at(place, height)
         self.parts.append(f'<text x="{x:.1f}" y="{y:.1f}" {style}>{words}</text>')
 
     def draw(self, points, number):
         colour = COLOURS[number % len(COLOURS)]
         self.line([point[:2] for point in points], f'stroke="{colour}" stroke-width="1.5"')
-        for kl, height, error in points:
-            self.line([(kl, height - 2 * error), (kl, height + 2 * error)], f'stroke="{colour}"')
+        for place, height, error in points:
+            ends = [(place, height - 2 * error), (place, height + 2 * error)]
+            self.line(ends, f'stroke="{colour}"')
             sign = SIGNS[number % len(SIGNS)]
-            self.text(kl, height, sign, f'dy="4" font-size="11" text-anchor="middle" fill="{colour}"')
+            self.text(place, height, sign, f'dy="4" font-size="11" text-anchor="middle" fill="{colour}"')
 
 
 def panel(free, lines, methods, key, x, y):

@@ -234,8 +234,7 @@ def cell(points, optimum):
     gain = records.mean(points, "gain")
     text = f"{gain:6.3f}±{records.error_of(points, 'gain')}@{records.mean(points, 'kl'):<5.2f}"
     if optimum:
-        shares = [point["gain"] / records.at_kl(optimum, point["kl"]) for point in points]
-        text += f" {100 * sum(shares) / len(shares):5.1f}%"
+        text += f" {records.share(optimum, points):5.1f}%"
     return text
 
 
@@ -273,18 +272,18 @@ def print_table(free, lines, methods):
     width = max(map(len, [*methods, "best for E[R]"]))
     print(f"{free['task']}, {free['reward']}, {free['rollouts']} rollouts a training, "
           f"{free['samples']} texts a point")
-    share = ", % of optimum" if optimum else ""
+    shares = ", % of optimum" if optimum else ""
     judge = f"; judge {free['judge']}" if free["judge"] else ""
-    print(f"{'method':{width}}  n   gain ± error @ KL{share}; low, R^2, ppl, div, s{judge}")
+    print(f"{'method':{width}}  n   gain ± error @ KL{shares}; low, R^2, ppl, div, s{judge}")
     print(f"{'none':{width}}    reward {free['mean']:.3f}, ppl {free['perplexity']:.1f}, "
           f"div {free['distinct']:.3f}")
     if optimum:
         for name, curve in {"the optimum": optimum, "best for E[R]": free["mean value"]}.items():
             cells = []
             for nats in free.get("budgets", TASKS[free["task"]]["budgets"]):
-                gain = records.at_kl(curve, nats)
-                share = 100 * gain / records.at_kl(optimum, nats)
-                cells.append(f"{gain:6.3f}    @{nats:<5.2f} {share:5.1f}%")
+                point = {"kl": nats, "gain": records.at_kl(curve, nats)}
+                share = records.share(optimum, [point])
+                cells.append(f"{point['gain']:6.3f}    @{nats:<5.2f} {share:5.1f}%")
             print(f"{name:{width}}    " + " ".join(cells))
     for method in methods:
         found = [line for line in lines if line["method"] == method]
@@ -340,7 +339,7 @@ def complete(args, methods):
         for name in missing:
             method = METHODS[name]
             line = {"method": name, "seed": seed} | settings | origin | {"row": method}
-            if method["fit"] in train_value.METHODS or name == "one-g":
+            if method["fit"] in (*train_value.METHODS, "one-g"):
                 line["constants"] = constants()
             if method["control"] == "best-of":
                 line |= best_of(task, seed, name == "best-of-compute")

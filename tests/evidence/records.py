@@ -11,8 +11,6 @@ import torch
 
 FOLDER = Path(__file__).with_name("records")
 COLUMNS = {"toy": "tiny language", "twist": "second", "late": "third", "reviews": "film reviews"}
-# The budgets shown. That of best of n is n: three texts cost about 0.3 nats, six 0.7, as q on reviews.
-TINY, REVIEWS = {"best-of": 3}, {"best-of": 6}                  # others: 0.3 and 1 nat
 LABELS = {"q": "`q`, the default", "q-end": "`q-end`: the reward at the end only",
           "best-of": "best of 3 texts drawn (reviews: of 6)",
           "guided": "look-ahead with V, 20 passes a token", "dpo": "all weights fine-tuned (DPO)",
@@ -61,10 +59,10 @@ def points_at(lines, method, nats):
     return [point for point in found if point["nats"] == nats and "gain" in point]
 
 
-def share(free, points):
-    """The mean share of the optimum, in percent"""
-    shares = [point["gain"] / at_kl(free["optimum"], point["kl"]) for point in points]
-    return f"{100 * sum(shares) / len(shares):.0f}"
+def share(optimum, points):
+    """The mean share of the optimum's gain at each point's KL, in percent"""
+    shares = [point["gain"] / at_kl(optimum, point["kl"]) for point in points]
+    return 100 * sum(shares) / len(shares)
 
 
 def over_one_g(lines, points):
@@ -84,27 +82,37 @@ def over_one_g(lines, points):
     return f"{mean(points, 'gain') / reference:.2f}"
 
 
+def budget(method, optimum):
+    """
+    The budget that README.md shows, in nats asked. That of best of n is n: three texts cost about 0.3
+    nats, six about 0.7, as q does on reviews.
+    """
+    if method == "best-of":
+        return 3 if optimum else 6
+    return 0.3 if optimum else 1.0
+
+
 def readme_table(folder=FOLDER):
-    """-> the lines of README.md's table: shares at 0.3 nats asked, over one-g at 1 nat asked"""
+    """-> the lines of README.md's table: shares of the optimum; on reviews, gains over one-g's"""
     tasks = {task: read(folder / f"{task}.jsonl") for task in COLUMNS}
     rows = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---" * (1 + len(COLUMNS)) + "|"]
     best = []
     for free, _ in tasks.values():
         if free and "mean value" in free:
-            best.append(f"{100 * at_kl(free['mean value'], 0.3) / at_kl(free['optimum'], 0.3):.0f}")
+            point = {"kl": 0.3, "gain": at_kl(free["mean value"], 0.3)}
+            best.append(f"{share(free['optimum'], [point]):.0f}")
         else:
             best.append("")
     rows.append("| the best for E[R], exactly | " + " | ".join(best) + " |")
     for method, label in LABELS.items():
         cells = []
         for free, lines in tasks.values():
-            known = bool(free) and "optimum" in free
-            nats = TINY.get(method, 0.3) if known else REVIEWS.get(method, 1.0)
-            points = points_at(lines, method, nats)
+            optimum = free.get("optimum") if free else None
+            points = points_at(lines, method, budget(method, optimum))
             if not points:
                 cells.append("")
-            elif known:
-                cells.append(share(free, points))
+            elif optimum:
+                cells.append(f"{share(optimum, points):.0f}")
             else:
                 cells.append(over_one_g(lines, points))
         if any(cells):
